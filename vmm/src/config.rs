@@ -1,0 +1,406 @@
+//! The configuration of a machine, as JSON: field names and defaults are those of Cloud Hypervisor's
+//! API v1, as far as the features exist here.
+//!
+//! Unknown keys are refused. A key that Cloud Hypervisor knows but that names a feature this version
+//! does not have may be absent, `null`, `false` or empty, so that a client which always sends it
+//! keeps working; a value that asks for the feature is refused by name.
+
+use std::path::{Path, PathBuf};
+
+use hypervisor::HypervisorKind;
+use serde::{Deserialize, Serialize};
+
+use memory::{Backing, PAGE_SIZE};
+
+mod absent;
+
+use absent::Absent;
+
+/// A configuration that cannot be used: which field, why, and what to do.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// The JSON does not parse or has a wrong shape.
+    #[error("invalid config: {0}")]
+    Json(String),
+    /// A field has a value that cannot work.
+    #[error("{field}: {problem}; {fix}")]
+    Field {
+        /// Path of the field, dotted.
+        field: &'static str,
+        /// What is wrong.
+        problem: String,
+        /// What to do about it.
+        fix: String,
+    },
+}
+
+fn field(field: &'static str, problem: impl Into<String>, fix: impl Into<String>) -> ConfigError {
+    ConfigError::Field {
+        field,
+        problem: problem.into(),
+        fix: fix.into(),
+    }
+}
+
+/// Everything a machine is made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// vCPUs.
+    #[serde(default)]
+    pub cpus: CpusConfig,
+    /// Guest RAM.
+    #[serde(default)]
+    pub memory: MemoryConfig,
+    /// What is booted.
+    pub payload: PayloadConfig,
+    /// The first serial port.
+    #[serde(default)]
+    pub serial: SerialConfig,
+    /// The virtio console, which does not exist yet: only `Off` and `Null`.
+    #[serde(default)]
+    pub console: ConsoleConfig,
+    /// Which hypervisor; the host's own by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hypervisor: Option<HypervisorKind>,
+    /// Features of Cloud Hypervisor's config that this version does not have.
+    #[serde(flatten)]
+    pub absent: Absent,
+}
+
+/// vCPUs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CpusConfig {
+    /// How many the machine boots with.
+    pub boot_vcpus: u32,
+    /// How many it may grow to; equal to `boot_vcpus` while there is no hotplug.
+    #[serde(default)]
+    pub max_vcpus: u32,
+    /// Sockets, dies, cores and threads; all cores of one package by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub topology: Option<TopologyConfig>,
+}
+
+impl Default for CpusConfig {
+    fn default() -> Self {
+        Self {
+            boot_vcpus: 1,
+            max_vcpus: 1,
+            topology: None,
+        }
+    }
+}
+
+/// How the vCPUs are arranged. The product of all must be `max_vcpus`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TopologyConfig {
+    /// Threads of a core.
+    pub threads_per_core: u16,
+    /// Cores of a die.
+    pub cores_per_die: u16,
+    /// Dies of a package.
+    pub dies_per_package: u16,
+    /// Packages (sockets).
+    pub packages: u16,
+}
+
+/// Guest RAM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// Size in bytes, a multiple of 4 KiB.
+    pub size: u64,
+    /// Backed by a memfd that another process could map. Slower to fill; off unless something needs it.
+    #[serde(default)]
+    pub shared: bool,
+    /// Backed by hugetlbfs pages, which the host must have set aside.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// Size of those pages in bytes: 2 MiB (default) or 1 GiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// Transparent huge pages are advised.
+    #[serde(default = "yes")]
+    pub thp: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: 512 << 20,
+            shared: false,
+            hugepages: false,
+            hugepage_size: None,
+            thp: true,
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// How guest RAM is backed.
+    pub fn backing(&self) -> Backing {
+        if self.hugepages {
+            Backing::Hugetlbfs {
+                page_size: self.hugepage_size.unwrap_or(2 << 20),
+            }
+        } else if self.shared {
+            Backing::Memfd { thp: self.thp }
+        } else {
+            Backing::Anonymous { thp: self.thp }
+        }
+    }
+}
+
+/// What is booted.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PayloadConfig {
+    /// Kernel image: an ELF with a PVH note, or a bzImage.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Kernel command line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// Initial RAM file system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+}
+
+/// Where a serial port leads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SerialMode {
+    /// There is no port.
+    Off,
+    /// A port that leads nowhere.
+    #[default]
+    Null,
+    /// A new pseudo terminal; its path appears as `file` in `vm.info`.
+    Pty,
+    /// Standard input and output of the `vmm` process.
+    Tty,
+    /// Appended to `file`.
+    File,
+    /// A unix socket at `socket` that one client at a time connects to.
+    Socket,
+}
+
+/// The first serial port.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {
+    /// Where it leads.
+    pub mode: SerialMode,
+    /// Output file of [`SerialMode::File`], or the terminal of [`SerialMode::Pty`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// Socket of [`SerialMode::Socket`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Cloud Hypervisor's flag for a device behind an IOMMU; a serial port never is.
+    #[serde(default, skip_serializing)]
+    pub iommu: bool,
+}
+
+impl SerialConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        match self.mode {
+            SerialMode::File if self.file.is_none() => Err(field(
+                "serial.file",
+                "missing although serial.mode is File",
+                "name the file that the guest's output is appended to",
+            )),
+            SerialMode::Socket if self.socket.is_none() => Err(field(
+                "serial.socket",
+                "missing although serial.mode is Socket",
+                "name the unix socket to create",
+            )),
+            _ if self.iommu => Err(field(
+                "serial.iommu",
+                "a serial port is never behind an IOMMU",
+                "leave it out",
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl std::str::FromStr for SerialConfig {
+    type Err = ConfigError;
+
+    /// `off`, `null`, `pty`, `tty`, `file=PATH` or `socket=PATH`, as on the command line.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let (mode, path) = match text.split_once('=') {
+            Some((mode, path)) => (mode, Some(PathBuf::from(path))),
+            None => (text, None),
+        };
+        let mut config = Self::default();
+        config.mode = match (mode, path) {
+            ("off", None) => SerialMode::Off,
+            ("null", None) => SerialMode::Null,
+            ("pty", None) => SerialMode::Pty,
+            ("tty", None) => SerialMode::Tty,
+            ("file", Some(path)) => {
+                config.file = Some(path);
+                SerialMode::File
+            }
+            ("socket", Some(path)) => {
+                config.socket = Some(path);
+                SerialMode::Socket
+            }
+            _ => {
+                return Err(field(
+                    "serial",
+                    format!("`{text}` is not a serial port"),
+                    "use off, null, pty, tty, file=PATH or socket=PATH",
+                ));
+            }
+        };
+        Ok(config)
+    }
+}
+
+/// The virtio console, which does not exist yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// `Off` or `Null`.
+    pub mode: SerialMode,
+}
+
+impl Default for ConsoleConfig {
+    fn default() -> Self {
+        Self {
+            mode: SerialMode::Off,
+        }
+    }
+}
+
+/// Most vCPUs of a machine: one xAPIC id each, and 255 is the broadcast.
+pub const MAX_VCPUS: u32 = 254;
+
+impl VmConfig {
+    /// Parses and checks a config.
+    pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
+        let mut config: Self =
+            serde_json::from_slice(json).map_err(|e| ConfigError::Json(e.to_string()))?;
+        config.normalise();
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Fills in what follows from other fields.
+    pub fn normalise(&mut self) {
+        if self.cpus.max_vcpus == 0 {
+            self.cpus.max_vcpus = self.cpus.boot_vcpus;
+        }
+    }
+
+    /// Checks everything that can be checked without touching the host.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let cpus = &self.cpus;
+        if cpus.boot_vcpus == 0 || cpus.boot_vcpus > MAX_VCPUS {
+            return Err(field(
+                "cpus.boot_vcpus",
+                format!("{} vCPUs", cpus.boot_vcpus),
+                format!("use 1 to {MAX_VCPUS}"),
+            ));
+        }
+        if cpus.max_vcpus != cpus.boot_vcpus {
+            return Err(field(
+                "cpus.max_vcpus",
+                format!(
+                    "{} differs from boot_vcpus {}, and this version has no vCPU hotplug",
+                    cpus.max_vcpus, cpus.boot_vcpus
+                ),
+                "make both equal or leave max_vcpus out",
+            ));
+        }
+        if let Some(t) = &cpus.topology {
+            let product = [
+                t.threads_per_core,
+                t.cores_per_die,
+                t.dies_per_package,
+                t.packages,
+            ]
+            .iter()
+            .fold(1u64, |product, &n| product.saturating_mul(u64::from(n)));
+            if product != u64::from(cpus.max_vcpus) {
+                return Err(field(
+                    "cpus.topology",
+                    format!("describes {product} vCPUs, but max_vcpus is {}", cpus.max_vcpus),
+                    "make the product of its four numbers equal to max_vcpus",
+                ));
+            }
+        }
+        self.validate_memory()?;
+        if self.payload.kernel.is_none() {
+            return Err(field(
+                "payload.kernel",
+                "missing",
+                "name an ELF kernel with a PVH note or a bzImage",
+            ));
+        }
+        self.serial.validate()?;
+        if !matches!(self.console.mode, SerialMode::Off | SerialMode::Null) {
+            return Err(field(
+                "console.mode",
+                "this version has no virtio console",
+                "use Off, and the serial port instead",
+            ));
+        }
+        self.absent.validate()
+    }
+
+    fn validate_memory(&self) -> Result<(), ConfigError> {
+        let memory = &self.memory;
+        if memory.size == 0 {
+            return Err(field("memory.size", "0 bytes", "give the size in bytes, e.g. 1073741824"));
+        }
+        if !memory.size.is_multiple_of(PAGE_SIZE) {
+            return Err(field(
+                "memory.size",
+                format!("{} is not a multiple of 4096", memory.size),
+                "round it to whole pages",
+            ));
+        }
+        if memory.size < 16 << 20 {
+            return Err(field(
+                "memory.size",
+                format!("{} bytes are too few for any kernel", memory.size),
+                "use at least 16777216 (16 MiB); the unit is bytes",
+            ));
+        }
+        match (memory.hugepages, memory.hugepage_size) {
+            (false, Some(_)) => Err(field(
+                "memory.hugepage_size",
+                "given although memory.hugepages is false",
+                "set hugepages or leave hugepage_size out",
+            )),
+            (true, Some(size)) if size != 2 << 20 && size != 1 << 30 => Err(field(
+                "memory.hugepage_size",
+                format!("{size} bytes"),
+                "use 2097152 or 1073741824",
+            )),
+            (true, size) if !memory.size.is_multiple_of(size.unwrap_or(2 << 20)) => Err(field(
+                "memory.size",
+                format!("{} is not a multiple of the huge page size", memory.size),
+                "round it to whole huge pages",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The kernel's path; validation has seen to it that there is one.
+    pub fn kernel(&self) -> Result<&Path, ConfigError> {
+        self.payload
+            .kernel
+            .as_deref()
+            .ok_or_else(|| field("payload.kernel", "missing", "name a kernel image"))
+    }
+}

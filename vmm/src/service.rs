@@ -1,0 +1,262 @@
+//! What can be asked of a `vmm` process, and what it answers: the one seam between the machine's
+//! thread and everything else (HTTP, command line, signals).
+
+use std::collections::BTreeMap;
+use std::sync::mpsc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{SerialConfig, VmConfig};
+use crate::job::{JobId, JobInfo};
+
+/// A request to the machine's thread.
+#[derive(Debug)]
+pub enum Request {
+    /// Take a config; nothing runs yet.
+    Create(Box<VmConfig>),
+    /// Build the machine and start it.
+    Boot,
+    /// Config and state.
+    Info,
+    /// Counters by device.
+    Counters,
+    /// Stop all vCPUs.
+    Pause,
+    /// Let them run again.
+    Resume,
+    /// Stop, build anew, boot.
+    Reboot,
+    /// Power off without asking the guest.
+    Shutdown,
+    /// Press the ACPI power button.
+    PowerButton,
+    /// Forget the config.
+    Delete,
+    /// Start to move the machine away: answers with the job.
+    Send(SendMigration),
+    /// Start to wait for a machine: answers with the job.
+    Receive(ReceiveMigration),
+    /// All jobs.
+    Jobs,
+    /// One job.
+    Job(JobId),
+    /// Cancel a job.
+    CancelJob(JobId),
+    /// Settle a move whose outcome is unknown.
+    SettleJob(JobId, Settlement),
+    /// End the process; a running guest is powered off.
+    VmmShutdown,
+}
+
+/// An answer.
+#[derive(Clone, Debug)]
+pub enum Response {
+    /// Done, nothing to say.
+    Done,
+    /// For [`Request::Info`].
+    Info(Box<VmInfo>),
+    /// For [`Request::Counters`]: device, counter, value.
+    Counters(BTreeMap<String, BTreeMap<String, u64>>),
+    /// A job has started.
+    JobStarted(JobId),
+    /// For [`Request::Jobs`].
+    Jobs(Vec<JobInfo>),
+    /// For [`Request::Job`].
+    Job(Box<JobInfo>),
+}
+
+/// Where a machine is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum VmState {
+    /// Configured, not built. Also a machine that was powered off is [`VmState::Shutdown`], not this.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs are stopped.
+    Paused,
+    /// It was powered off; it can be booted again.
+    Shutdown,
+    /// It runs, or last ran, elsewhere.
+    MovedAway,
+    /// It is paused here and may be running elsewhere: the job that moved it must be settled.
+    InDoubt,
+}
+
+/// What `vm.info` answers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// The config, with what was decided at run time (the terminal of a PTY) filled in.
+    pub config: VmConfig,
+    /// Where it is in its life.
+    pub state: VmState,
+    /// Guest RAM in bytes.
+    pub memory_actual_size: u64,
+    /// The hypervisor that runs it, once it has been built.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hypervisor: Option<String>,
+}
+
+/// The body of `vm.send-migration`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SendMigration {
+    /// `tcp:HOST:PORT` or `unix:PATH`.
+    pub destination_url: String,
+    /// Longest acceptable downtime in milliseconds: a ceiling, not a goal.
+    #[serde(default = "default_downtime_ms")]
+    pub downtime_ms: u64,
+    /// How long pre-copy may try to get below that, in seconds.
+    #[serde(default = "default_timeout_s")]
+    pub timeout_s: u64,
+    /// What happens then.
+    #[serde(default)]
+    pub timeout_strategy: TimeoutStrategy,
+}
+
+fn default_downtime_ms() -> u64 {
+    300
+}
+
+fn default_timeout_s() -> u64 {
+    3600
+}
+
+impl SendMigration {
+    /// A move with the default limits.
+    pub fn to(destination_url: impl Into<String>) -> Self {
+        Self {
+            destination_url: destination_url.into(),
+            downtime_ms: default_downtime_ms(),
+            timeout_s: default_timeout_s(),
+            timeout_strategy: TimeoutStrategy::default(),
+        }
+    }
+}
+
+/// What a move does when its time is over and the downtime would be too long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TimeoutStrategy {
+    /// The guest stays.
+    #[default]
+    Cancel,
+    /// The guest moves, however long it is down.
+    Ignore,
+}
+
+/// The body of `vm.receive-migration`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReceiveMigration {
+    /// `tcp:HOST:PORT` or `unix:PATH` to listen on; port 0 picks one (see the job's `url`).
+    pub receiver_url: String,
+    /// Where the guest's serial port leads here, instead of where it led at the source.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<SerialConfig>,
+}
+
+/// How a move of unknown outcome is settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Settlement {
+    /// The operator has made sure that the guest does not run at the destination: it resumes here.
+    ResumeHere,
+    /// The guest runs at the destination: it is given up here.
+    RunsThere,
+}
+
+/// The class of a refusal, which decides the HTTP status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The request makes no sense (400).
+    BadRequest,
+    /// There is no such thing (404).
+    NotFound,
+    /// There is such a path, but not with this method (405).
+    MethodNotAllowed,
+    /// Not in this state (409).
+    WrongState,
+    /// The host, the guest's files or the peer do not let it happen (409 if it can be retried as it is after a
+    /// change elsewhere).
+    Failed,
+    /// Our own fault (500).
+    Internal,
+}
+
+/// A refusal: class, sentence, and what to do in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct ServiceError {
+    /// Its class.
+    pub kind: ErrorKind,
+    /// One sentence.
+    pub message: String,
+}
+
+impl ServiceError {
+    /// A refusal of this class.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+        }
+    }
+
+    /// The request makes no sense in the machine's state.
+    pub fn wrong_state(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::WrongState, message)
+    }
+}
+
+/// Result of a request.
+pub type Reply = Result<Response, ServiceError>;
+
+/// Called once with the reply, on the machine's thread: must not block.
+pub type ReplyTo = Box<dyn FnOnce(Reply) + Send>;
+
+/// The way to the machine's thread. Cheap to clone.
+#[derive(Clone)]
+pub struct Service {
+    sender: mpsc::Sender<crate::machine::Event>,
+    jobs: crate::job::Jobs,
+}
+
+impl Service {
+    pub(crate) fn new(
+        sender: mpsc::Sender<crate::machine::Event>,
+        jobs: crate::job::Jobs,
+    ) -> Self {
+        Self { sender, jobs }
+    }
+
+    /// Sends a request; `reply_to` gets the answer.
+    pub fn submit(&self, request: Request, reply_to: ReplyTo) {
+        use crate::machine::Event;
+        if let Err(mpsc::SendError(Event::Request(_, reply_to))) =
+            self.sender.send(Event::Request(request, reply_to))
+        {
+            reply_to(Err(ServiceError::wrong_state("the vmm process is shutting down")));
+        }
+    }
+
+    /// Sends a request and waits for the answer.
+    pub fn call(&self, request: Request) -> Reply {
+        let (sender, receiver) = mpsc::channel();
+        self.submit(
+            request,
+            Box::new(move |reply| {
+                // The caller may have gone; then nobody wants the answer.
+                let _ = sender.send(reply);
+            }),
+        );
+        receiver
+            .recv()
+            .unwrap_or_else(|_| Err(ServiceError::wrong_state("the vmm process is shutting down")))
+    }
+
+    /// The jobs, which can be looked at without asking the machine's thread.
+    pub fn jobs(&self) -> &crate::job::Jobs {
+        &self.jobs
+    }
+}
