@@ -1,0 +1,187 @@
+//! The suites by name, and how each is run and counted.
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+use crate::tally::Tally;
+use crate::{checks, debian, run};
+
+/// A group of tests that can be asked for by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Suite {
+    /// Formatting, lints, house.
+    Static,
+    /// Unit tests of the crates.
+    Unit,
+    /// Tests on this machine's `/dev/kvm`.
+    Native,
+    /// Tests inside QEMU's emulator.
+    Lab,
+}
+
+impl Suite {
+    /// Every suite, in the order of a full run.
+    const ALL: [Suite; 4] = [Suite::Static, Suite::Unit, Suite::Native, Suite::Lab];
+
+    fn name(self) -> &'static str {
+        match self {
+            Suite::Static => "static",
+            Suite::Unit => "unit",
+            Suite::Native => "native",
+            Suite::Lab => "lab",
+        }
+    }
+}
+
+/// The crates whose own tests make up the suite `unit`.
+const UNIT: [&str; 8] = [
+    "arch",
+    "memory",
+    "hypervisor",
+    "devices",
+    "migration",
+    "vmm",
+    "guests",
+    "xtask",
+];
+
+/// The suites of these names in the order of a full run, all of them for no name.
+pub(crate) fn select(names: &[String]) -> Result<Vec<Suite>, String> {
+    if let Some(unknown) = names
+        .iter()
+        .find(|name| Suite::ALL.iter().all(|suite| suite.name() != name.as_str()))
+    {
+        let known: Vec<_> = Suite::ALL.iter().map(|suite| suite.name()).collect();
+        return Err(format!(
+            "there is no suite `{unknown}`; the suites are: {}",
+            known.join(", ")
+        ));
+    }
+    Ok(Suite::ALL
+        .into_iter()
+        .filter(|suite| names.is_empty() || names.iter().any(|name| name == suite.name()))
+        .collect())
+}
+
+/// Runs the suites one after another and prints the summary; true if something ran and nothing failed.
+pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
+    let mut total = Tally::default();
+    let mut times = Vec::new();
+    let mut built = false;
+    for &suite in suites {
+        println!("\n== {} ==", suite.name());
+        let start = Instant::now();
+        let mut tally = Tally::default();
+        if matches!(suite, Suite::Native | Suite::Lab) && !built {
+            build_vmm(&mut tally)?;
+            built = true;
+        }
+        let before = tally.total();
+        match suite {
+            Suite::Static => checks::run(&mut tally)?,
+            Suite::Unit => unit(&mut tally)?,
+            Suite::Native => cargo_test(&mut tally, "native", &["-p", "native"], &[])?,
+            Suite::Lab => lab(&mut tally)?,
+        }
+        if tally.total() == before {
+            tally.fail(suite.name(), "the suite ran no test at all");
+        }
+        times.push(format!(
+            "{:<8} {:>7.1} s  {tally}",
+            suite.name(),
+            start.elapsed().as_secs_f64()
+        ));
+        total.add(tally);
+    }
+    println!();
+    total.notes.iter().for_each(|note| println!("{note}"));
+    times.iter().for_each(|time| println!("{time}"));
+    println!("{total}");
+    Ok(total.failed == 0 && total.passed > 0)
+}
+
+/// The product itself: suites start it as a program of its own.
+fn build_vmm(tally: &mut Tally) -> Result<()> {
+    if !run::shown(
+        run::cargo(&["build", "--release", "-p", "vmm"]),
+        "cargo build --release -p vmm",
+    )?
+    .success()
+    {
+        tally.fail(
+            "build::vmm",
+            "the `vmm` binary does not build; tests that start it cannot pass",
+        );
+    }
+    Ok(())
+}
+
+fn unit(tally: &mut Tally) -> Result<()> {
+    let packages: Vec<&str> = UNIT.iter().flat_map(|name| ["-p", name]).collect();
+    cargo_test(tally, "unit", &packages, &[])?;
+    // The lab's own small parts; its other target is the suite `lab`.
+    cargo_test(tally, "unit::lab", &["-p", "lab", "--lib"], &[])
+}
+
+fn lab(tally: &mut Tally) -> Result<()> {
+    // What is missing afterwards is said by each test that needs it, as the reason of a skip.
+    debian::prepare_lab();
+    cargo_test(
+        tally,
+        "lab",
+        &["-p", "lab", "--test", "lab"],
+        &["--test-threads=2"],
+    )
+}
+
+/// One `cargo test`: every binary runs even after a failure, and what does not build is a failure.
+fn cargo_test(tally: &mut Tally, name: &str, select: &[&str], harness: &[&str]) -> Result<()> {
+    let mut args = vec!["test", "--release", "--no-fail-fast"];
+    args.extend(select);
+    if !harness.is_empty() {
+        args.push("--");
+        args.extend(harness);
+    }
+    let mut command = run::cargo(&args);
+    command.env("LAB_CACHE", debian::cache());
+    let mut suite = Tally::default();
+    let status = run::streamed(command, &format!("cargo {}", args.join(" ")), |line| {
+        suite.read_line(line)
+    })?;
+    if !status.success() && suite.failed == 0 {
+        suite.fail(
+            name,
+            &format!("it did not build, or a test binary ended early ({status})"),
+        );
+    }
+    tally.add(suite);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_name_selects_every_suite_in_order() {
+        assert_eq!(select(&[]).unwrap(), Suite::ALL);
+    }
+
+    #[test]
+    fn names_select_in_the_order_of_a_full_run() {
+        assert_eq!(
+            select(&["lab".into(), "unit".into()]).unwrap(),
+            [Suite::Unit, Suite::Lab]
+        );
+    }
+
+    #[test]
+    fn an_unknown_name_is_refused_with_the_list() {
+        let message = select(&["units".into()]).unwrap_err();
+        assert!(
+            message.contains("`units`") && message.contains("static, unit, native, lab"),
+            "{message}"
+        );
+    }
+}
