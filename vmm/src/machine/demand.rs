@@ -1,0 +1,80 @@
+//! What a guest asks of its machine: power off, reset, or attention because it cannot go on.
+
+use std::fmt;
+use std::sync::mpsc::Sender;
+use std::sync::{Mutex, MutexGuard};
+
+use super::Event;
+
+/// A guest's demand.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Demand {
+    /// Power off.
+    Shutdown,
+    /// Reset.
+    Reset,
+    /// It cannot go on, for this reason.
+    Fault(String),
+}
+
+impl fmt::Display for Demand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shutdown => f.write_str("the guest powers off"),
+            Self::Reset => f.write_str("the guest resets"),
+            Self::Fault(reason) => write!(f, "the guest cannot go on: {reason}"),
+        }
+    }
+}
+
+/// A demand stands in the way of a move.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}; that is done here first")]
+pub(crate) struct Pending(pub(crate) Demand);
+
+/// Where one machine's demands arrive: the first is kept, visible at once to whoever pauses the machine, and sent to
+/// the machine's thread.
+pub(crate) struct Demands {
+    machine: u64,
+    events: Sender<Event>,
+    first: Mutex<Option<Demand>>,
+}
+
+impl Demands {
+    pub(super) fn new(machine: u64, events: Sender<Event>) -> Self {
+        Self {
+            machine,
+            events,
+            first: Mutex::new(None),
+        }
+    }
+
+    fn first(&self) -> MutexGuard<'_, Option<Demand>> {
+        self.first.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Raises a demand. Called on a vCPU's thread; does not block.
+    pub(crate) fn raise(&self, demand: Demand) {
+        let mut first = self.first();
+        if first.is_none() {
+            *first = Some(demand.clone());
+            drop(first);
+            // Without a machine thread there is nobody left to decide; the process is ending.
+            let _ = self.events.send(Event::Demand(self.machine, demand));
+        }
+    }
+
+    /// The demand that has not been served yet.
+    pub(crate) fn pending(&self) -> Option<Demand> {
+        self.first().clone()
+    }
+}
+
+impl devices::PowerSink for Demands {
+    fn request(&self, request: devices::PowerRequest) {
+        self.raise(match request {
+            devices::PowerRequest::Shutdown => Demand::Shutdown,
+            devices::PowerRequest::Reset => Demand::Reset,
+        });
+    }
+}

@@ -1,0 +1,139 @@
+//! The machine as the destination of a move: built from a manifest, not running until the commit.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use arch::x86_64::cpuid::missing_features;
+use memory::GuestRam;
+use migration::{
+    DestinationMachine, MachineError, MachineState, Manifest, Refusal, RefusalKind, RunState,
+};
+
+use super::Event;
+use super::instance::{BuildError, Instance, Plan};
+use crate::config::{SerialConfig, VmConfig};
+
+/// A machine on its way in.
+pub(super) struct MovingIn {
+    machine: u64,
+    serial: Option<SerialConfig>,
+    events: Sender<Event>,
+    instance: Option<Arc<Instance>>,
+    run_state: RunState,
+}
+
+/// A machine that has arrived.
+pub(super) struct Arrived {
+    pub(super) instance: Arc<Instance>,
+    pub(super) run_state: RunState,
+}
+
+impl MovingIn {
+    pub(super) fn new(machine: u64, serial: Option<SerialConfig>, events: Sender<Event>) -> Self {
+        Self {
+            machine,
+            serial,
+            events,
+            instance: None,
+            run_state: RunState::Paused,
+        }
+    }
+
+    /// What arrived, after a move that succeeded.
+    pub(super) fn into_arrived(mut self) -> Option<Arrived> {
+        let instance = self.instance.take()?;
+        Some(Arrived {
+            instance,
+            run_state: self.run_state,
+        })
+    }
+
+    fn build(&self, manifest: &Manifest) -> Result<Instance, Refusal> {
+        let refuse = |kind, detail: String| Refusal { kind, detail };
+        let mut config = VmConfig::from_json(manifest.config.as_bytes())
+            .map_err(|e| refuse(RefusalKind::Config, e.to_string()))?;
+        if let Some(serial) = &self.serial {
+            config.serial = serial.clone();
+        }
+        if manifest.vcpus != config.cpus.boot_vcpus {
+            return Err(refuse(
+                RefusalKind::Config,
+                format!(
+                    "the manifest has {} vCPUs but its config {}",
+                    manifest.vcpus, config.cpus.boot_vcpus
+                ),
+            ));
+        }
+        let plan = Plan::arriving(config, manifest.cpu.cpuid.clone());
+        let ranges = plan.ram_ranges().map_err(|e| refuse(RefusalKind::Memory, e.to_string()))?;
+        if ranges != manifest.memory {
+            return Err(refuse(
+                RefusalKind::Memory,
+                "the guest's memory layout differs from the one this version makes of its config".into(),
+            ));
+        }
+        Instance::build(plan, self.machine, &self.events).map_err(|error| {
+            let kind = match &error {
+                BuildError::Config(_) => RefusalKind::Config,
+                BuildError::Memory(_) => RefusalKind::Memory,
+                BuildError::Hypervisor(_) => RefusalKind::Hypervisor,
+                _ => RefusalKind::Device,
+            };
+            refuse(kind, super::error_chain(&error))
+        })
+    }
+}
+
+impl DestinationMachine for MovingIn {
+    fn reserve(&mut self, manifest: &Manifest) -> Result<Arc<GuestRam>, Vec<Refusal>> {
+        let offered = super::instance::offered_cpuid().map_err(|error| {
+            vec![Refusal {
+                kind: RefusalKind::Hypervisor,
+                detail: super::error_chain(&error),
+            }]
+        })?;
+        let mut refusals: Vec<Refusal> = missing_features(&manifest.cpu.cpuid, &offered)
+            .into_iter()
+            .map(|missing| Refusal {
+                kind: RefusalKind::Cpu,
+                detail: format!("this host's CPU lacks {missing}"),
+            })
+            .collect();
+        if !refusals.is_empty() {
+            return Err(refusals);
+        }
+        match self.build(manifest) {
+            Ok(instance) => {
+                let instance = Arc::new(instance);
+                let ram = Arc::clone(instance.ram());
+                self.instance = Some(instance);
+                Ok(ram)
+            }
+            Err(refusal) => {
+                refusals.push(refusal);
+                Err(refusals)
+            }
+        }
+    }
+
+    fn restore(&mut self, state: &MachineState) -> Result<(), MachineError> {
+        let instance = self.instance.as_ref().ok_or("no machine has been reserved")?;
+        instance.restore(state)?;
+        self.run_state = state.run_state;
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), MachineError> {
+        let instance = self.instance.as_ref().ok_or("no machine has been reserved")?;
+        if self.run_state == RunState::Running {
+            instance.resume();
+        }
+        Ok(())
+    }
+
+    fn discard(&mut self) {
+        if let Some(instance) = self.instance.take() {
+            instance.stop();
+        }
+    }
+}
