@@ -1,0 +1,96 @@
+//! Which pages may hold something, found without touching them.
+//!
+//! ```text
+//!   anonymous, hugetlbfs ──► /proc/self/pagemap: present or swapped
+//!   memfd                ──► SEEK_DATA / SEEK_HOLE on the file (its pages need not be in our page tables)
+//!   neither readable     ──► every page
+//! ```
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::SeekFrom;
+
+use crate::backing::{Backing, Mapping};
+use crate::{PAGE_SIZE, PageBitmap};
+
+/// Bit 63 of a pagemap entry: the page is present (Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT: u64 = 1 << 63;
+/// Bit 62: the page is swapped out.
+const SWAPPED: u64 = 1 << 62;
+/// Entries read at a time: 256 KiB of them, for 128 MiB of memory.
+const ENTRIES: usize = 32 * 1024;
+
+/// Sets in `into` those of `pages` that may hold something else than zeros. On an error some may be missing: the caller
+/// then has to take all of `pages`.
+pub(crate) fn find(
+    mapping: &Mapping,
+    pagemap: Option<&File>,
+    pages: Range<u64>,
+    into: &mut PageBitmap,
+) -> io::Result<()> {
+    match (mapping.backing(), mapping.file()) {
+        (Backing::Memfd { .. }, Some(file)) => from_file(file, pages, into),
+        _ => match pagemap {
+            Some(pagemap) => from_pagemap(mapping, pagemap, pages, into),
+            None => Err(io::Error::other("the page map is not at hand")),
+        },
+    }
+}
+
+fn from_pagemap(
+    mapping: &Mapping,
+    pagemap: &File,
+    pages: Range<u64>,
+    into: &mut PageBitmap,
+) -> io::Result<()> {
+    let base_page = mapping.base().as_ptr().addr() as u64 / PAGE_SIZE;
+    let mut entries = vec![0u8; ENTRIES.min((pages.end - pages.start) as usize) * 8];
+    let mut page = pages.start;
+    while page < pages.end {
+        let count = ((pages.end - page) as usize).min(ENTRIES);
+        let chunk = &mut entries[..count * 8];
+        pagemap.read_exact_at(chunk, (base_page + page) * 8)?;
+        let (entries, _) = chunk.as_chunks::<8>();
+        for (block, at) in entries.chunks(64).zip((page..).step_by(64)) {
+            let mut word = 0u64;
+            for (bit, entry) in block.iter().enumerate() {
+                let populated = u64::from_ne_bytes(*entry) & (PRESENT | SWAPPED) != 0;
+                word |= u64::from(populated) << bit;
+            }
+            if word == u64::MAX {
+                into.set_range(at..at + 64);
+            } else {
+                while word != 0 {
+                    into.set(at + u64::from(word.trailing_zeros()));
+                    word &= word - 1;
+                }
+            }
+        }
+        page += count as u64;
+    }
+    Ok(())
+}
+
+fn from_file(
+    file: std::os::fd::BorrowedFd<'_>,
+    pages: Range<u64>,
+    into: &mut PageBitmap,
+) -> io::Result<()> {
+    let end = pages.end * PAGE_SIZE;
+    let mut at = pages.start * PAGE_SIZE;
+    while at < end {
+        let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) if data < end => data,
+            // Nothing but a hole up to the end of the file, or of what is asked for.
+            Ok(_) | Err(rustix::io::Errno::NXIO) => break,
+            Err(error) => return Err(error.into()),
+        };
+        let hole = rustix::fs::seek(file, SeekFrom::Hole(data))?.min(end);
+        into.set_range(data / PAGE_SIZE..hole.div_ceil(PAGE_SIZE));
+        at = hole.max(data + PAGE_SIZE);
+    }
+    Ok(())
+}

@@ -1,0 +1,351 @@
+//! The guest's RAM as a whole.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestRegionMmap};
+
+use crate::backing::Mapping;
+use crate::layout::check_ranges;
+use crate::{
+    Backing, Error, GuestMemoryMmap, GuestPages, PAGE_SIZE, PageBitmap, RamRange, populated,
+};
+
+/// Zeroing fewer bytes than this is done by writing zeros: giving a page back would split its huge page.
+const DISCARD_AT_LEAST: u64 = 2 << 20;
+
+/// One RAM range and the memory behind it.
+#[derive(Debug)]
+pub struct RamRegion {
+    range: RamRange,
+    // An Option only so that drop can take it.
+    mapping: Option<Mapping>,
+    view: Option<Arc<GuestRegionMmap<AtomicBitmap>>>,
+}
+
+impl RamRegion {
+    /// The guest-physical addresses.
+    pub fn range(&self) -> RamRange {
+        self.range
+    }
+
+    /// First guest-physical address.
+    pub fn gpa(&self) -> u64 {
+        self.range.gpa
+    }
+
+    /// Length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
+    pub fn len(&self) -> u64 {
+        self.range.len
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.range.len / PAGE_SIZE
+    }
+
+    /// Host virtual address of the first byte.
+    pub fn hva(&self) -> u64 {
+        self.mapping().base().as_ptr().addr() as u64
+    }
+
+    /// The file behind the memory, if it is shared memory.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        self.mapping().file()
+    }
+
+    fn mapping(&self) -> &Mapping {
+        self.mapping.as_ref().expect("taken only by drop")
+    }
+}
+
+/// The guest's RAM. The memory is given back to the host on drop.
+///
+/// A clone of [`GuestRam::guest_memory`] that is still alive then keeps its addresses reserved, and reads zeros.
+#[derive(Debug)]
+pub struct GuestRam {
+    // Dropped before the regions; see `Drop`.
+    guest_memory: GuestMemoryMmap,
+    regions: Vec<RamRegion>,
+    backing: Backing,
+    total: u64,
+    /// Opened once, early: a sandbox may come later.
+    pagemap: Option<File>,
+}
+
+impl GuestRam {
+    /// Maps fresh memory, all zero and not resident, for `ranges` (see [`crate::layout::ram_ranges`]).
+    ///
+    /// Refuses more than the host has at all; what is free at the moment is not looked at, since guests seldom use
+    /// all they have.
+    pub fn new(ranges: &[RamRange], backing: Backing) -> Result<Self, Error> {
+        let total = check_ranges(ranges)?;
+        check_host(total, backing)?;
+        let mut regions = Vec::with_capacity(ranges.len());
+        for &range in ranges {
+            regions.push(map_region(range, backing)?);
+        }
+        let views = regions
+            .iter()
+            .filter_map(|region| region.view.clone())
+            .collect();
+        let guest_memory = GuestMemoryMmap::from_arc_regions(views).map_err(|error| {
+            Error::system("arranging guest memory", std::io::Error::other(error))
+        })?;
+        Ok(Self {
+            guest_memory,
+            regions,
+            backing,
+            total,
+            pagemap: File::open("/proc/self/pagemap").ok(),
+        })
+    }
+
+    /// The regions, lowest address first.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// What the memory is made of.
+    pub fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// Size of all regions together, in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.total
+    }
+
+    /// The view for loaders and devices. What is written through it shows in [`GuestRam::take_device_dirty`].
+    pub fn guest_memory(&self) -> &GuestMemoryMmap {
+        &self.guest_memory
+    }
+
+    /// Adds to `into` the pages written through [`GuestRam::guest_memory`] since the last call, and forgets them.
+    ///
+    /// Each page is marked after it is written, so a page read after this call is either new or marked again.
+    /// An index past the last region does nothing.
+    pub fn take_device_dirty(&self, region: usize, into: &mut PageBitmap) {
+        let Some(view) = self
+            .regions
+            .get(region)
+            .and_then(|region| region.view.as_ref())
+        else {
+            return;
+        };
+        into.or_words(&view.bitmap().get_and_reset());
+    }
+
+    /// The pages of a region that may hold something else than zeros, found without touching any. Where the host
+    /// does not tell, every page.
+    pub fn populated(&self, region: usize) -> Result<PageBitmap, Error> {
+        let pages = self.region(region, 0, 0)?.pages();
+        let mut found = PageBitmap::new(pages);
+        self.populated_in(region, 0..pages, &mut found)?;
+        Ok(found)
+    }
+
+    /// As [`GuestRam::populated`], but looks only at `pages` and adds what it finds to `into`.
+    pub fn populated_in(
+        &self,
+        region: usize,
+        pages: Range<u64>,
+        into: &mut PageBitmap,
+    ) -> Result<(), Error> {
+        let count = pages.end.saturating_sub(pages.start);
+        let region = self.region(region, pages.start, count)?;
+        if count > 0
+            && populated::find(region.mapping(), self.pagemap.as_ref(), pages.clone(), into)
+                .is_err()
+        {
+            into.set_range(pages);
+        }
+        Ok(())
+    }
+
+    /// A view of `pages` pages of a region, from its page `first_page` on.
+    pub fn pages(
+        &self,
+        region: usize,
+        first_page: u64,
+        pages: u64,
+    ) -> Result<GuestPages<'_>, Error> {
+        let region = self.region(region, first_page, pages)?;
+        // SAFETY: the pages lie in the region, which stays mapped while `self` is borrowed.
+        Ok(unsafe {
+            let base = region
+                .mapping()
+                .base()
+                .add((first_page * PAGE_SIZE) as usize);
+            GuestPages::new(base, pages)
+        })
+    }
+
+    /// Makes pages read as zeros: large runs are given back to the host, small ones overwritten. No dirty bit is
+    /// set.
+    pub fn zero(&self, region: usize, first_page: u64, pages: u64) -> Result<(), Error> {
+        if pages * PAGE_SIZE >= DISCARD_AT_LEAST {
+            self.discard(region, first_page, pages)
+        } else {
+            self.pages(region, first_page, pages)?.fill_zero();
+            Ok(())
+        }
+    }
+
+    /// Gives pages back to the host, as far as they fill pages of the backing, and zeroes the rest: all read as
+    /// zeros afterwards. No dirty bit is set.
+    pub fn discard(&self, region: usize, first_page: u64, pages: u64) -> Result<(), Error> {
+        let whole = self.pages(region, first_page, pages)?;
+        let mapping = self.region(region, first_page, pages)?.mapping();
+        let unit = self.backing.page_size() / PAGE_SIZE;
+        let end = first_page + pages;
+        let inner = first_page.next_multiple_of(unit)..end / unit * unit;
+        if inner.start >= inner.end {
+            whole.fill_zero();
+            return Ok(());
+        }
+        whole.part(0, inner.start - first_page).fill_zero();
+        whole
+            .part(inner.end - first_page, end - inner.end)
+            .fill_zero();
+        mapping.discard(
+            (inner.start * PAGE_SIZE) as usize,
+            ((inner.end - inner.start) * PAGE_SIZE) as usize,
+        )
+    }
+
+    /// The region, after checking that the pages lie in it.
+    fn region(&self, region: usize, first_page: u64, pages: u64) -> Result<&RamRegion, Error> {
+        let found = self.regions.get(region);
+        let region_pages = found.map_or(0, RamRegion::pages);
+        match (found, first_page.checked_add(pages)) {
+            (Some(found), Some(end)) if end <= region_pages => Ok(found),
+            _ => Err(Error::OutOfRange {
+                region,
+                first_page,
+                pages,
+                region_pages,
+            }),
+        }
+    }
+}
+
+impl Drop for GuestRam {
+    fn drop(&mut self) {
+        self.guest_memory = GuestMemoryMmap::default();
+        for region in &mut self.regions {
+            let (Some(view), Some(mapping)) = (region.view.take(), region.mapping.take()) else {
+                continue;
+            };
+            // A clone of the view, made by a loader or a device, may live on. Its addresses must then stay mapped.
+            let last = Arc::into_inner(view).is_some_and(|view| {
+                let mut inner = view.get_mmap();
+                drop(view);
+                Arc::get_mut(&mut inner).is_some()
+            });
+            if last {
+                drop(mapping);
+            } else {
+                mapping.leak_addresses();
+            }
+        }
+    }
+}
+
+fn map_region(range: RamRange, backing: Backing) -> Result<RamRegion, Error> {
+    let mapping = Mapping::new(range, backing)?;
+    let bitmap = AtomicBitmap::with_len(mapping.len());
+    let flags = match backing {
+        Backing::Anonymous { .. } => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        Backing::Memfd { .. } | Backing::Hugetlbfs { .. } => libc::MAP_SHARED,
+    };
+    let builder = MmapRegionBuilder::new_with_bitmap(mapping.len(), bitmap)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags);
+    // SAFETY: the mapping is there, is this long, and `GuestRam` unmaps it only when no view is left.
+    let region = unsafe { builder.with_raw_mmap_pointer(mapping.base().as_ptr()) }
+        .build()
+        .map_err(|error| Error::system("arranging guest memory", std::io::Error::other(error)))?;
+    let view = GuestRegionMmap::new(region, GuestAddress(range.gpa)).ok_or(Error::Range {
+        gpa: range.gpa,
+        len: range.len,
+        reason: "it ends beyond 64 bits",
+    })?;
+    Ok(RamRegion {
+        range,
+        mapping: Some(mapping),
+        view: Some(Arc::new(view)),
+    })
+}
+
+/// Refuses what the host cannot ever provide.
+fn check_host(wanted: u64, backing: Backing) -> Result<(), Error> {
+    let (available, what, advice) = match backing {
+        Backing::Anonymous { .. } | Backing::Memfd { .. } => (meminfo_total(), "the host has", ""),
+        Backing::Hugetlbfs { page_size } => (
+            huge_page_pool(page_size)?,
+            "the host's pool of free huge pages of this size has",
+            ", or add huge pages in /sys/kernel/mm/hugepages",
+        ),
+    };
+    match available {
+        Some(available) if wanted > available => Err(Error::TooLarge {
+            wanted,
+            available,
+            what,
+            advice,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The host's memory in bytes, from /proc/meminfo, if that can be read.
+fn meminfo_total() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemTotal:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()?
+        .checked_mul(1024)
+}
+
+/// Bytes that the pool of huge pages can still give, if that can be read.
+fn huge_page_pool(page_size: u64) -> Result<Option<u64>, Error> {
+    let folder = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_size / 1024);
+    if !std::path::Path::new(&folder).exists() {
+        return match std::path::Path::new("/sys/kernel/mm").exists() {
+            true => Err(Error::HugePage {
+                page_size,
+                reason: "the host has no pool of them",
+            }),
+            false => Ok(None),
+        };
+    }
+    let number = |name: &str| -> Option<u64> {
+        std::fs::read_to_string(format!("{folder}/{name}"))
+            .ok()?
+            .trim()
+            .parse()
+            .ok()
+    };
+    let free = || {
+        let free = number("free_hugepages")?.saturating_sub(number("resv_hugepages")?);
+        let surplus =
+            number("nr_overcommit_hugepages")?.saturating_sub(number("surplus_hugepages")?);
+        (free + surplus).checked_mul(page_size)
+    };
+    Ok(free())
+}
+
+#[cfg(test)]
+#[path = "ram_tests.rs"]
+mod tests;
