@@ -21,6 +21,7 @@
 
 mod bus;
 mod demand;
+mod devices;
 mod destination;
 mod instance;
 mod owner;

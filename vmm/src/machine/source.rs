@@ -30,7 +30,7 @@ impl MovingOut {
 
 impl SourceMachine for MovingOut {
     fn manifest(&mut self) -> Result<Manifest, MachineError> {
-        Ok(self.instance.manifest()?)
+        self.instance.manifest()
     }
 
     fn ram(&self) -> Arc<GuestRam> {

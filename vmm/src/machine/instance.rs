@@ -1,0 +1,379 @@
+//! A machine that has been built: RAM, hypervisor, devices, vCPU threads.
+//!
+//! ```text
+//!   Plan ──build──► Instance (parked) ──load──► kernel in RAM, vCPU 0 at its entry ──resume──► runs
+//!                        └─────────────restore(state of another host)──────────────resume──► goes on
+//! ```
+//!
+//! Field order is drop order: vCPUs before the VM, the VM before the RAM it maps.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+
+use arch::x86_64::acpi;
+use arch::x86_64::boot::{self, BootError, BootSources};
+use arch::x86_64::cpuid::{Cpuid, for_vcpu, policy};
+use arch::x86_64::layout;
+use arch::x86_64::msr;
+use arch::x86_64::state::Bytes;
+use arch::x86_64::topology::{Topology, TopologyError};
+use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vm, VmOptions};
+use memory::vm_memory::{Bytes as _, GuestAddress};
+use memory::{GuestRam, RamRange};
+use migration::{CpuContract, DeviceState, MachineState, Manifest, RunState};
+
+use super::Event;
+use super::bus::{IrqSink, MachineBus};
+use super::demand::Demands;
+use super::devices::DeviceSet;
+use super::vcpus::VcpuSet;
+use crate::config::{ConfigError, VmConfig};
+
+/// Why a machine cannot be built or started.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BuildError {
+    /// The config cannot work.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The vCPU topology cannot work.
+    #[error("cpus.topology: {0}")]
+    Topology(#[from] TopologyError),
+    /// A file that the config names cannot be opened.
+    #[error("payload.{what}: cannot open {}: {source}", path.display())]
+    Open {
+        /// `kernel` or `initramfs`.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The kernel, initramfs or command line cannot be loaded.
+    #[error("payload: {0}")]
+    Boot(#[from] BootError),
+    /// Guest RAM cannot be had.
+    #[error("memory: {0}")]
+    Memory(#[from] memory::Error),
+    /// The hypervisor refused.
+    #[error(transparent)]
+    Hypervisor(#[from] hypervisor::Error),
+    /// A device cannot be made.
+    #[error(transparent)]
+    Device(#[from] super::devices::DeviceError),
+    /// A thread cannot be started.
+    #[error("cannot start a vCPU thread: {0}")]
+    Thread(std::io::Error),
+    /// Guest memory cannot be written.
+    #[error("cannot write the ACPI tables: {0}")]
+    Tables(memory::vm_memory::GuestMemoryError),
+}
+
+impl BuildError {
+    /// Whether the request is at fault, not the host.
+    pub(super) fn is_request(&self) -> bool {
+        matches!(
+            self,
+            Self::Config(_) | Self::Topology(_) | Self::Open { .. } | Self::Boot(_) | Self::Memory(_)
+        )
+    }
+}
+
+/// What a machine is built from.
+pub(super) struct Plan {
+    config: VmConfig,
+    /// The CPUID of a guest that arrives; a new guest gets what the host offers.
+    cpuid: Option<Cpuid>,
+}
+
+impl Plan {
+    pub(super) fn booting(config: VmConfig) -> Self {
+        Self {
+            config,
+            cpuid: None,
+        }
+    }
+
+    pub(super) fn arriving(config: VmConfig, cpuid: Cpuid) -> Self {
+        Self {
+            config,
+            cpuid: Some(cpuid),
+        }
+    }
+
+    pub(super) fn ram_ranges(&self) -> Result<Vec<RamRange>, memory::Error> {
+        memory::layout::ram_ranges(self.config.memory.size)
+    }
+
+    fn topology(&self) -> Result<Topology, TopologyError> {
+        match &self.config.cpus.topology {
+            None => Ok(Topology::flat(self.config.cpus.boot_vcpus)),
+            Some(t) => Topology::new(
+                u32::from(t.packages),
+                u32::from(t.cores_per_die).saturating_mul(u32::from(t.dies_per_package)),
+                u32::from(t.threads_per_core),
+            ),
+        }
+    }
+}
+
+fn open_hypervisor(kind: Option<HypervisorKind>) -> hypervisor::Result<Box<dyn Hypervisor>> {
+    match kind {
+        None | Some(HypervisorKind::Kvm) => hypervisor::open_default(),
+    }
+}
+
+/// What this host can show a guest.
+pub(super) fn offered_cpuid() -> hypervisor::Result<Cpuid> {
+    Ok(policy(&open_hypervisor(None)?.supported_cpuid()?))
+}
+
+/// A machine that has been built.
+pub(crate) struct Instance {
+    number: u64,
+    config: VmConfig,
+    cpuid: Cpuid,
+    vcpus: VcpuSet,
+    devices: DeviceSet,
+    bus: Arc<MachineBus>,
+    demands: Arc<Demands>,
+    vm: Arc<dyn Vm>,
+    ram: Arc<GuestRam>,
+    slots: Vec<MemorySlot>,
+    hypervisor: Box<dyn Hypervisor>,
+}
+
+impl Instance {
+    /// Builds a machine, parked and with empty RAM.
+    pub(super) fn build(plan: Plan, number: u64, events: &Sender<Event>) -> Result<Self, BuildError> {
+        plan.config.validate()?;
+        let topology = plan.topology()?;
+        let ranges = plan.ram_ranges()?;
+        let hypervisor = open_hypervisor(plan.config.hypervisor)?;
+        let ram = Arc::new(GuestRam::new(&ranges, plan.config.memory.backing())?);
+        let vm = hypervisor.create_vm(&VmOptions {
+            ioapic_pins: layout::IOAPIC_PINS,
+        })?;
+        let slots: Vec<MemorySlot> = ram
+            .regions()
+            .iter()
+            .zip(0..)
+            .map(|(region, slot)| MemorySlot {
+                slot,
+                gpa: region.gpa(),
+                len: region.len(),
+                hva: region.hva(),
+                read_only: false,
+            })
+            .collect();
+        for &slot in &slots {
+            // SAFETY: the mapping belongs to `ram`, which `Instance` drops after the VM and its vCPUs, and which hands out
+            // no Rust reference to guest memory.
+            unsafe { vm.map_memory(slot)? };
+        }
+        let demands = Arc::new(Demands::new(number, events.clone()));
+        let irq_sink = Arc::new(IrqSink::new(Arc::clone(&vm)));
+        let (devices, pio, mmio) = DeviceSet::build(&plan.config, &irq_sink, &demands)?;
+        let bus = Arc::new(MachineBus::new(pio, mmio, devices.ioapic()));
+
+        let cpuid = match plan.cpuid {
+            Some(cpuid) => cpuid,
+            None => policy(&hypervisor.supported_cpuid()?),
+        };
+        let vcpus = (0..plan.config.cpus.boot_vcpus)
+            .map(|id| {
+                let mut vcpu = vm.create_vcpu(id)?;
+                vcpu.set_cpuid(&for_vcpu(&cpuid, &topology, id))?;
+                Ok(vcpu)
+            })
+            .collect::<hypervisor::Result<Vec<_>>>()?;
+        let exit_bus: Arc<dyn hypervisor::ExitBus + Send + Sync> = bus.clone();
+        let vcpus = VcpuSet::start(vcpus, &exit_bus, &demands).map_err(BuildError::Thread)?;
+        Ok(Self {
+            number,
+            config: plan.config,
+            cpuid,
+            vcpus,
+            devices,
+            bus,
+            demands,
+            vm,
+            ram,
+            slots,
+            hypervisor,
+        })
+    }
+
+    /// Loads kernel, initramfs, command line and ACPI tables, and sets vCPU 0 to the kernel's entry.
+    pub(super) fn load(&self) -> Result<(), BuildError> {
+        let open = |what, path: &Path| {
+            File::open(path).map_err(|source| BuildError::Open {
+                what,
+                path: path.to_owned(),
+                source,
+            })
+        };
+        let payload = &self.config.payload;
+        let mut kernel = open("kernel", self.config.kernel()?)?;
+        let mut initramfs =
+            payload.initramfs.as_deref().map(|path| open("initramfs", path)).transpose()?;
+        let memory = self.ram.guest_memory();
+        let tables = acpi::build(&acpi::AcpiConfig {
+            vcpus: self.config.cpus.boot_vcpus,
+            max_vcpus: self.config.cpus.max_vcpus,
+            ecam: None,
+            serial: self.devices.has_serial(),
+        });
+        memory
+            .write_slice(&tables.bytes, GuestAddress(tables.base))
+            .map_err(BuildError::Tables)?;
+        let ranges: Vec<(u64, u64)> =
+            self.ram.regions().iter().map(|region| (region.gpa(), region.len())).collect();
+        let plan = boot::load(
+            memory,
+            BootSources {
+                kernel: &mut kernel,
+                initramfs: initramfs.as_mut(),
+                cmdline: payload.cmdline.as_deref().unwrap_or(""),
+                ram: &ranges,
+                rsdp: tables.rsdp_address,
+            },
+        )?;
+        tracing::debug!(?plan, "loaded");
+        let mut states = self.vcpus.save()?;
+        for (index, state) in states.iter_mut().enumerate() {
+            if index == 0 {
+                plan.apply(state);
+            } else {
+                msr::apply_boot_values(state);
+            }
+        }
+        self.vcpus.restore(&states)?;
+        Ok(())
+    }
+
+    /// The number that tells this machine's demands from those of an earlier one.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(super) fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Fills in what was decided at run time.
+    pub(super) fn fill_in(&self, config: &mut VmConfig) {
+        self.devices.fill_in(config);
+    }
+
+    pub(super) fn hypervisor_name(&self) -> &'static str {
+        match self.hypervisor.kind() {
+            HypervisorKind::Kvm => "kvm",
+        }
+    }
+
+    pub(super) fn demands(&self) -> &Demands {
+        &self.demands
+    }
+
+    pub(super) fn vm(&self) -> &Arc<dyn Vm> {
+        &self.vm
+    }
+
+    pub(super) fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    pub(super) fn memory_slots(&self) -> impl Iterator<Item = MemorySlot> + '_ {
+        self.slots.iter().copied()
+    }
+
+    pub(super) fn memory_slot(&self, region: usize) -> hypervisor::Result<MemorySlot> {
+        self.slots.get(region).copied().ok_or_else(|| {
+            hypervisor::Error::Invalid(format!("the machine has no memory region {region}"))
+        })
+    }
+
+    pub(super) fn press_power_button(&self) {
+        self.devices.press_power_button();
+    }
+
+    pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
+        BTreeMap::from([("bus".to_owned(), self.bus.counters())])
+    }
+
+    /// Stops vCPUs and devices: on return nothing of this machine writes guest memory.
+    pub(super) fn pause(&self) {
+        self.vcpus.pause();
+        self.devices.pause();
+    }
+
+    /// Lets devices and vCPUs run.
+    pub(super) fn resume(&self) {
+        self.devices.resume();
+        self.vcpus.resume();
+    }
+
+    /// Ends all threads of the machine.
+    pub(super) fn stop(&self) {
+        self.vcpus.stop();
+        self.devices.pause();
+    }
+
+    /// What a destination must know before it takes this machine.
+    pub(super) fn manifest(&self) -> Result<Manifest, migration::MachineError> {
+        Ok(Manifest {
+            vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+            hypervisor: self.hypervisor_name().to_owned(),
+            config: serde_json::to_string(&self.config)?,
+            vcpus: self.config.cpus.boot_vcpus,
+            memory: self.ram.regions().iter().map(|region| region.range()).collect(),
+            cpu: CpuContract {
+                cpuid: self.cpuid.clone(),
+                tsc_khz: None,
+                msrs: self.hypervisor.msr_indices()?,
+            },
+        })
+    }
+
+    /// Saves everything but RAM. The machine is paused.
+    pub(super) fn save(&self, run_state: RunState) -> hypervisor::Result<MachineState> {
+        // Devices first: an interrupt on its way has reached a local APIC by then.
+        let devices = self
+            .devices
+            .save()
+            .into_iter()
+            .map(|(id, state)| DeviceState {
+                id: id.to_owned(),
+                kind: state.kind,
+                version: state.version,
+                data: Bytes(state.data),
+            })
+            .collect();
+        Ok(MachineState {
+            run_state,
+            vcpus: self.vcpus.save()?,
+            clock: self.vm.clock()?,
+            devices,
+        })
+    }
+
+    /// Restores everything but RAM. The machine is paused; on failure it must not be run.
+    pub(super) fn restore(&self, state: &MachineState) -> Result<(), BuildError> {
+        self.vcpus.restore(&state.vcpus)?;
+        self.devices.restore(state.devices.iter().map(|device| {
+            (
+                device.id.as_str(),
+                devices::SavedState {
+                    kind: device.kind.clone(),
+                    version: device.version,
+                    data: device.data.0.clone(),
+                },
+            )
+        }))?;
+        self.vm.set_clock(&state.clock)?;
+        Ok(())
+    }
+}
