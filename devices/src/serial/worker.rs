@@ -1,0 +1,321 @@
+//! The thread between the UART and a back end.
+//!
+//! ```text
+//!   running ⇄ paused (only the wake event is watched)
+//!      └──────────┴──► stopping: not paused? output gets GRACE to leave ──► joined
+//! ```
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::error::SerialError;
+use super::output::{OutputQueue, signal};
+use super::{FIFO_SIZE, Port};
+
+/// How long waiting output may take to leave when the port stops.
+const GRACE: Duration = Duration::from_millis(250);
+/// How long input is left alone after [`Received::Later`].
+const LATER: Duration = Duration::from_secs(1);
+/// Most bytes written to a back end in one call.
+const CHUNK: usize = 4096;
+
+/// What reading from a back end has brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Received {
+    /// So many bytes.
+    Bytes(usize),
+    /// None now. When none will ever come, [`Endpoint::input`] is `None` from now on.
+    Nothing,
+    /// None, and waiting for readiness would not wait.
+    Later,
+}
+
+/// A back end, as the worker uses it. No call blocks.
+pub(super) trait Endpoint: Send {
+    /// What to watch for input.
+    fn input(&self) -> Option<BorrowedFd<'_>>;
+    /// What to watch for room for output.
+    fn output(&self) -> Option<BorrowedFd<'_>>;
+    /// What to watch for a new peer.
+    fn listener(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+    /// Takes a new peer.
+    fn accept(&mut self) {}
+    /// No output will ever be taken any more.
+    fn output_closed(&self) -> bool {
+        false
+    }
+    /// Reads input.
+    fn read(&mut self, buffer: &mut [u8]) -> Received;
+    /// Writes output; how much was taken.
+    fn write(&mut self, bytes: &[u8]) -> usize;
+}
+
+#[derive(Default)]
+struct Control {
+    paused: bool,
+    stop: bool,
+    /// The worker has seen `paused`, or has ended.
+    still: bool,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    control: Mutex<Control>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A handle on the thread.
+pub(super) struct Worker {
+    shared: Arc<Shared>,
+    wake: Arc<OwnedFd>,
+}
+
+impl Worker {
+    pub(super) fn start(
+        endpoint: Box<dyn Endpoint>,
+        port: Arc<Port>,
+        queue: Arc<OutputQueue>,
+        wake: Arc<OwnedFd>,
+    ) -> Result<Worker, SerialError> {
+        let shared = Arc::new(Shared::default());
+        let thread = {
+            let (shared, wake) = (shared.clone(), wake.clone());
+            thread::Builder::new()
+                .name("serial".to_owned())
+                .spawn(move || {
+                    block_signals();
+                    let finished = Finished(&shared, &queue);
+                    Loop {
+                        endpoint,
+                        port,
+                        queue: queue.clone(),
+                        wake,
+                        shared: shared.clone(),
+                        input_from: None,
+                    }
+                    .run();
+                    drop(finished);
+                })
+        };
+        shared.lock().thread = Some(thread.map_err(SerialError::Worker)?);
+        Ok(Worker { shared, wake })
+    }
+
+    pub(super) fn wake(&self) {
+        signal(&self.wake);
+    }
+
+    pub(super) fn pause(&self) {
+        let mut control = self.shared.lock();
+        control.paused = true;
+        signal(&self.wake);
+        while !control.still {
+            control = self
+                .shared
+                .changed
+                .wait(control)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    pub(super) fn resume(&self) {
+        self.shared.lock().paused = false;
+        signal(&self.wake);
+    }
+
+    pub(super) fn stop(&self) {
+        let mut control = self.shared.lock();
+        control.stop = true;
+        let thread = control.thread.take();
+        drop(control);
+        signal(&self.wake);
+        if let Some(thread) = thread {
+            // A panic of the worker has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// Says that the thread has ended, however it did.
+struct Finished<'a>(&'a Shared, &'a OutputQueue);
+
+impl Drop for Finished<'_> {
+    fn drop(&mut self) {
+        let mut queue = self.1.lock();
+        queue.closed = true;
+        drop(queue);
+        let mut control = self.0.lock();
+        control.stop = true;
+        control.still = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// The thread's own state.
+struct Loop {
+    endpoint: Box<dyn Endpoint>,
+    port: Arc<Port>,
+    queue: Arc<OutputQueue>,
+    wake: Arc<OwnedFd>,
+    shared: Arc<Shared>,
+    /// No input is read before.
+    input_from: Option<Instant>,
+}
+
+/// What is ready.
+#[derive(Default)]
+struct Ready {
+    input: bool,
+    output: bool,
+    listener: bool,
+}
+
+impl Loop {
+    fn run(mut self) {
+        loop {
+            let mut control = self.shared.lock();
+            let (stop, paused) = (control.stop, control.paused);
+            if stop || control.still != paused {
+                control.still = paused && !stop;
+                self.shared.changed.notify_all();
+            }
+            drop(control);
+            if stop {
+                if !paused {
+                    self.drain();
+                }
+                return;
+            }
+            let ready = self.wait(paused);
+            if ready.listener {
+                self.endpoint.accept();
+            }
+            if ready.input {
+                self.receive();
+            }
+            if ready.output {
+                self.send();
+            }
+        }
+    }
+
+    /// Waits until something is to be done.
+    fn wait(&mut self, paused: bool) -> Ready {
+        let now = Instant::now();
+        let rest = self
+            .input_from
+            .map(|from| from.saturating_duration_since(now))
+            .filter(|rest| !rest.is_zero());
+        let wants_input = !paused && rest.is_none() && self.port.pending().is_empty();
+        let wants_output = !paused && !self.queue.lock().bytes.is_empty();
+
+        let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
+        let mut add = |wanted: bool, fd: Option<BorrowedFd<'_>>, flags| {
+            let fd = fd.filter(|_| wanted)?;
+            // SAFETY: the endpoint, which owns the descriptor, is neither changed nor dropped before `poll` below has
+            // returned; only the borrow of `fds` ends with this function.
+            let fd = unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&fd)) };
+            fds.push(PollFd::from_borrowed_fd(fd, flags));
+            Some(fds.len() - 1)
+        };
+        let listener = add(!paused, self.endpoint.listener(), PollFlags::IN);
+        let input = add(wants_input, self.endpoint.input(), PollFlags::IN);
+        let output = add(wants_output, self.endpoint.output(), PollFlags::OUT);
+
+        let timeout = rest
+            .filter(|_| !paused)
+            .and_then(|rest| Timespec::try_from(rest).ok());
+        if poll(&mut fds, timeout.as_ref()).is_err() {
+            // Interrupted, or out of memory: look again.
+            return Ready::default();
+        }
+        let is_ready = |at: Option<usize>| at.is_some_and(|at| !fds[at].revents().is_empty());
+        let ready = Ready {
+            listener: is_ready(listener),
+            input: is_ready(input),
+            output: is_ready(output),
+        };
+        if is_ready(Some(0)) {
+            let _ = rustix::io::read(&*self.wake, &mut [0u8; 8]);
+        }
+        ready
+    }
+
+    fn receive(&mut self) {
+        let mut buffer = [0; FIFO_SIZE];
+        self.input_from = None;
+        match self.endpoint.read(&mut buffer) {
+            Received::Bytes(count) => {
+                let mut pending = self.port.pending();
+                pending.extend_from_slice(&buffer[..count.min(FIFO_SIZE)]);
+                self.port.feed(&mut pending);
+            }
+            Received::Nothing => {}
+            Received::Later => self.input_from = Some(Instant::now() + LATER),
+        }
+    }
+
+    fn send(&mut self) {
+        let mut queue = self.queue.lock();
+        let (front, _) = queue.bytes.as_slices();
+        let taken = self.endpoint.write(&front[..front.len().min(CHUNK)]);
+        let taken = taken.min(queue.bytes.len());
+        queue.bytes.drain(..taken);
+        if self.endpoint.output_closed() {
+            queue.closed = true;
+            queue.bytes.clear();
+        }
+    }
+
+    /// Gives waiting output some time to leave.
+    fn drain(&mut self) {
+        let end = Instant::now() + GRACE;
+        while !self.queue.lock().bytes.is_empty() {
+            let rest = end.saturating_duration_since(Instant::now());
+            let Some(output) = self.endpoint.output().filter(|_| !rest.is_zero()) else {
+                return;
+            };
+            let timeout = Timespec::try_from(rest).ok();
+            match poll(
+                &mut [PollFd::from_borrowed_fd(output, PollFlags::OUT)],
+                timeout.as_ref(),
+            ) {
+                Ok(0) => return,
+                Ok(_) => self.send(),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+/// Signals are for the process's other threads; and reading a terminal from the background must fail, not stop the
+/// process (SIGTTIN).
+fn block_signals() {
+    // SAFETY: an all-zero sigset_t is a valid value that sigfillset overwrites, and pthread_sigmask reads it and changes
+    // the calling thread's mask only.
+    unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&mut all);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &all, std::ptr::null_mut());
+    }
+}
