@@ -9,6 +9,9 @@
 //! Only this crate knows all rooms. It promises that a request, a config file, a guest or a peer can make it refuse, but
 //! not panic, and that a failed operation leaves the guest as it was.
 
+pub mod api;
+pub mod cli;
+pub mod client;
 pub mod config;
 pub mod job;
 pub mod machine;

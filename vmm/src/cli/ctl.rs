@@ -1,0 +1,143 @@
+//! `vmm ctl`: one request to the API of a running `vmm`, its answer as JSON.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::{Value, json};
+
+use super::FAILED;
+use crate::client::{Client, ClientError};
+use crate::job::JobId;
+use crate::service::Settlement;
+
+/// Talk to a running vmm through its API socket and print its answer as JSON.
+///
+/// A refusal is printed as JSON too, with its kind and message, on standard error.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vmm ctl --api-socket /run/vm1.sock info
+  vmm ctl --api-socket /run/vm1.sock create vm.json
+  vmm ctl --api-socket /run/vm1.sock settle 1 resume_here")]
+pub(super) struct CtlArgs {
+    /// The API socket of the vmm.
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+    #[command(subcommand)]
+    request: CtlRequest,
+}
+
+#[derive(Debug, Subcommand)]
+enum CtlRequest {
+    /// Ask whether it is there, its version and process id.
+    Ping,
+    /// Config and state of the machine.
+    Info,
+    /// Counters by device.
+    Counters,
+    /// Give it a config.
+    Create {
+        /// The config, a JSON file.
+        file: PathBuf,
+    },
+    /// Build the machine and start it.
+    Boot,
+    /// Stop its vCPUs.
+    Pause,
+    /// Let them run again.
+    Resume,
+    /// Stop it and boot it anew.
+    Reboot,
+    /// Power it off without asking the guest.
+    Shutdown,
+    /// Press its power button.
+    PowerButton,
+    /// Forget the config, so that another can be given.
+    Delete,
+    /// All jobs.
+    Jobs,
+    /// One job: phase, rounds, bytes, rates, downtime.
+    Job {
+        /// Its number.
+        id: JobId,
+    },
+    /// Cancel a job: a guest that was to move stays.
+    Cancel {
+        /// Its number.
+        id: JobId,
+    },
+    /// Settle a move whose outcome is unknown. First make sure where the guest runs.
+    Settle {
+        /// The number of its job.
+        id: JobId,
+        /// What you have found out.
+        outcome: Outcome,
+    },
+    /// End the vmm; a running guest is powered off.
+    VmmShutdown,
+}
+
+/// Where the guest of an unsettled move is.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Outcome {
+    /// It does not run at the destination, for certain: resume it here.
+    ResumeHere,
+    /// It runs at the destination: give it up here.
+    RunsThere,
+}
+
+impl From<Outcome> for Settlement {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::ResumeHere => Self::ResumeHere,
+            Outcome::RunsThere => Self::RunsThere,
+        }
+    }
+}
+
+/// `vmm ctl`.
+pub(super) fn ctl(args: &CtlArgs) -> anyhow::Result<ExitCode> {
+    let client = Client::new(&args.api_socket).context("cannot start a client")?;
+    match ask(&client, &args.request)? {
+        Ok(Value::Null) => Ok(ExitCode::SUCCESS),
+        Ok(answer) => {
+            println!("{answer:#}");
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => {
+            eprintln!("{:#}", error.to_json());
+            Ok(ExitCode::from(FAILED))
+        }
+    }
+}
+
+fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, ClientError>> {
+    Ok(match request {
+        CtlRequest::Ping => client.get("vmm.ping"),
+        CtlRequest::Info => client.get("vm.info"),
+        CtlRequest::Counters => client.get("vm.counters"),
+        CtlRequest::Create { file } => {
+            let config =
+                std::fs::read(file).with_context(|| format!("config {}", file.display()))?;
+            client.put_json("vm.create", config)
+        }
+        CtlRequest::Boot => client.put("vm.boot"),
+        CtlRequest::Pause => client.put("vm.pause"),
+        CtlRequest::Resume => client.put("vm.resume"),
+        CtlRequest::Reboot => client.put("vm.reboot"),
+        CtlRequest::Shutdown => client.put("vm.shutdown"),
+        CtlRequest::PowerButton => client.put("vm.power-button"),
+        CtlRequest::Delete => client.put("vm.delete"),
+        CtlRequest::Jobs => client.get("jobs"),
+        CtlRequest::Job { id } => client.get(&format!("jobs/{id}")),
+        CtlRequest::Cancel { id } => client.put(&format!("jobs/{id}/cancel")),
+        CtlRequest::Settle { id, outcome } => {
+            let body = json!({ "outcome": Settlement::from(*outcome) }).to_string();
+            client.put_json(&format!("jobs/{id}/settle"), body.into_bytes())
+        }
+        CtlRequest::VmmShutdown => client.put("vmm.shutdown"),
+    })
+}

@@ -1,0 +1,177 @@
+//! `vmm run`, `vmm serve` and `vmm receive`: processes that own a machine.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, bail};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+
+use super::{FAILED, ReceiveArgs, RunArgs, ServeArgs, signals};
+use crate::api::ApiServer;
+use crate::config::VmConfig;
+use crate::job::{JobInfo, JobStatus};
+use crate::machine::{ExitReason, GuestEnd, MachineThread};
+use crate::service::{ReceiveMigration, Request, Response, Service};
+
+/// Longest config file in bytes.
+const MAX_CONFIG: u64 = 1 << 20;
+
+/// A machine's thread, and the API if it was asked for.
+struct Host {
+    machine: MachineThread,
+    api: Option<ApiServer>,
+}
+
+impl Host {
+    /// Starts both, and takes signals.
+    fn start(guest_end: GuestEnd, api_socket: Option<&Path>) -> anyhow::Result<Self> {
+        let machine =
+            MachineThread::start(guest_end).context("cannot start the machine's thread")?;
+        let service = machine.service();
+        let api = api_socket
+            .map(|path| ApiServer::start(path, service.clone()))
+            .transpose()?;
+        let terminal = terminal();
+        let socket = api.as_ref().map(|api| api.path().to_owned());
+        let service = service.clone();
+        signals::on_stop(
+            move || {
+                eprintln!("vmm: stopping; a second signal ends the process at once");
+                service.submit(Request::VmmShutdown, Box::new(|_| ()));
+            },
+            move || leave_tidy(terminal.as_ref(), socket),
+        )?;
+        Ok(Self { machine, api })
+    }
+
+    fn service(&self) -> &Service {
+        self.machine.service()
+    }
+
+    /// Waits for the end, and says what ended it.
+    fn wait(self) -> ExitReason {
+        let reason = self.machine.wait();
+        // After the machine, so that those who wait for an answer about its end get it.
+        drop(self.api);
+        reason
+    }
+
+    /// Ends the process's machine, whatever it is doing.
+    fn stop(self) {
+        self.service()
+            .submit(Request::VmmShutdown, Box::new(|_| ()));
+        self.wait();
+    }
+}
+
+/// The terminal's settings as they were before a guest's serial port may have changed them.
+fn terminal() -> Option<Termios> {
+    tcgetattr(std::io::stdin()).ok()
+}
+
+/// What must be undone even if the process ends at once.
+fn leave_tidy(terminal: Option<&Termios>, api_socket: Option<PathBuf>) {
+    if let Some(settings) = terminal {
+        // Nothing is left that could be done about a failure.
+        let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, settings);
+    }
+    if let Some(path) = api_socket {
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+/// `vmm run`.
+pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
+    let mut config = read_config(&args.config)?;
+    if let Some(name) = args.hypervisor {
+        config.hypervisor = Some(name.into());
+    }
+    let host = Host::start(GuestEnd::EndsProcess, args.api_socket.as_deref())?;
+    for request in [Request::Create(Box::new(config)), Request::Boot] {
+        if let Err(error) = host.service().call(request) {
+            host.stop();
+            return Err(error.into());
+        }
+    }
+    guest_ended(&host.wait())
+}
+
+/// `vmm serve`.
+pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    let host = Host::start(GuestEnd::Stays, Some(&args.api_socket))?;
+    guest_ended(&host.wait())
+}
+
+/// `vmm receive`.
+pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
+    let host = Host::start(GuestEnd::EndsProcess, args.api_socket.as_deref())?;
+    let service = host.service().clone();
+    let receive = ReceiveMigration {
+        receiver_url: args.url,
+        serial: args.serial,
+    };
+    let id = match service.call(Request::Receive(receive)) {
+        Ok(Response::JobStarted(id)) => id,
+        Ok(other) => bail!("the machine's thread gave an answer to another question: {other:?}"),
+        Err(error) => {
+            host.stop();
+            return Err(error.into());
+        }
+    };
+    if let Some(job) = service.jobs().get(id) {
+        eprintln!("listening on {}", job.url);
+    }
+    // Whatever happens to the job, this thread waits for the machine's: the one that decides.
+    let arrival: Arc<Mutex<Option<JobInfo>>> = Arc::default();
+    let ended = Arc::clone(&arrival);
+    let watched = service.clone();
+    service.jobs().on_end(id, move |job| {
+        if job.status == JobStatus::Succeeded {
+            eprintln!("the machine has arrived and runs here");
+        } else {
+            watched.submit(Request::VmmShutdown, Box::new(|_| ()));
+        }
+        *ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
+    });
+    let reason = host.wait();
+    let arrival = arrival
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    match arrival {
+        Some(job) if job.status == JobStatus::Succeeded => guest_ended(&reason),
+        Some(JobInfo {
+            error: Some(error), ..
+        }) => bail!("no machine has arrived: {error}"),
+        _ => bail!("stopped before a machine arrived"),
+    }
+}
+
+/// The exit status for the end of a guest.
+fn guest_ended(reason: &ExitReason) -> anyhow::Result<ExitCode> {
+    match reason {
+        ExitReason::Requested | ExitReason::PowerOff => Ok(ExitCode::SUCCESS),
+        ExitReason::MovedAway => {
+            eprintln!("the machine has moved away");
+            Ok(ExitCode::SUCCESS)
+        }
+        ExitReason::Fault(why) => {
+            eprintln!("vmm: {why}");
+            Ok(ExitCode::from(FAILED))
+        }
+    }
+}
+
+fn read_config(path: &Path) -> anyhow::Result<VmConfig> {
+    let context = || format!("config {}", path.display());
+    let length = std::fs::metadata(path).with_context(context)?.len();
+    if length > MAX_CONFIG {
+        bail!(
+            "{}: {length} bytes are too many for a config; is it the right file?",
+            context()
+        );
+    }
+    let json = std::fs::read(path).with_context(context)?;
+    VmConfig::from_json(&json).with_context(context)
+}

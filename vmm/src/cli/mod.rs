@@ -1,0 +1,232 @@
+//! The command line.
+//!
+//! ```text
+//!  run, serve, receive ─► host.rs: own a machine until it ends      (machine's thread, API if asked for)
+//!  send, ctl           ─► send.rs, ctl.rs: talk to the API of such a process
+//!  demo                ─► demo/: start two of them and move a guest from one to the other
+//! ```
+//!
+//! Results go to standard output, everything else to standard error. Exit status: 0 done, 1 failed
+//! (the reason is the last line on standard error), 2 wrong usage or no hypervisor for the demo,
+//! 3 a move whose outcome is unknown.
+
+mod ctl;
+mod demo;
+mod host;
+mod logging;
+mod progress;
+mod send;
+mod signals;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use hypervisor::HypervisorKind;
+
+use crate::config::SerialConfig;
+use crate::service::{SendMigration, TimeoutStrategy};
+
+/// Runs virtual machines and moves them, live, from one process or host to another.
+#[derive(Debug, Parser)]
+#[command(
+    name = "vmm",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true
+)]
+#[command(after_help = "\
+Examples:
+  vmm demo                                       boot a guest and watch it move
+  vmm run --config vm.json                       boot a machine in the foreground
+  vmm run --config vm.json --api-socket a.sock   the same, and it can be talked to
+  vmm receive tcp:0.0.0.0:4600                   wait for a machine and run it
+  vmm send tcp:host-b:4600 --api-socket a.sock   move the machine behind a.sock there
+  vmm ctl --api-socket a.sock info               ask about it
+
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 a move whose outcome is unknown.")]
+struct Cli {
+    /// What is logged to standard error: off, error, warn, info, debug or trace, for all parts or for
+    /// some, e.g. `warn,migration=debug` [default: the environment's VMM_LOG, or warn]
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log_level: Option<logging::Filter>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(RunArgs),
+    Serve(ServeArgs),
+    Receive(ReceiveArgs),
+    Send(SendArgs),
+    Ctl(ctl::CtlArgs),
+    Demo(demo::DemoArgs),
+}
+
+/// Boot a machine and stay until it ends.
+///
+/// The process ends with status 0 when the guest powers off or has moved away, and with 1 when it
+/// cannot go on. SIGTERM and SIGINT power it off; a second one ends the process at once.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vmm run --config vm.json
+  vmm run --config vm.json --api-socket /run/vm1.sock
+
+A config that boots a Linux kernel, with its console on this terminal:
+  {
+    \"cpus\": { \"boot_vcpus\": 2 },
+    \"memory\": { \"size\": 1073741824 },
+    \"payload\": { \"kernel\": \"vmlinuz\", \"initramfs\": \"initrd.img\", \"cmdline\": \"console=ttyS0\" },
+    \"serial\": { \"mode\": \"Tty\" }
+  }")]
+struct RunArgs {
+    /// The machine's config, a JSON file.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Offer the HTTP API on a unix socket that is made here.
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+    /// Which hypervisor to use instead of the one in the config.
+    #[arg(long, value_name = "NAME")]
+    hypervisor: Option<HypervisorName>,
+}
+
+/// Names of hypervisors on the command line.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum HypervisorName {
+    /// Linux KVM.
+    Kvm,
+}
+
+impl From<HypervisorName> for HypervisorKind {
+    fn from(name: HypervisorName) -> Self {
+        match name {
+            HypervisorName::Kvm => Self::Kvm,
+        }
+    }
+}
+
+/// Offer the HTTP API, without a machine yet.
+///
+/// The process stays when its guest powers off, which can then be booted again; `vmm ctl … vmm-shutdown`,
+/// SIGTERM or SIGINT end it.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  vmm serve --api-socket /run/vm1.sock &
+  vmm ctl --api-socket /run/vm1.sock create vm.json
+  vmm ctl --api-socket /run/vm1.sock boot")]
+struct ServeArgs {
+    /// The unix socket, which is made with mode 0600.
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+}
+
+/// Wait for one machine, then run it until it ends.
+///
+/// Prints `listening on URL` to standard error once a sender can connect. The process ends with status
+/// 1 if the move fails; afterwards it is like `vmm run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vmm receive tcp:0.0.0.0:4600
+  vmm receive tcp:[::1]:0 --serial file=/var/log/vm1.log
+  vmm receive unix:/run/move.sock --api-socket /run/vm1.sock")]
+struct ReceiveArgs {
+    /// Where to listen: `tcp:HOST:PORT` (port 0 picks one) or `unix:PATH`.
+    url: String,
+    /// Offer the HTTP API on a unix socket that is made here.
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+    /// Where the guest's serial port leads here, instead of where it led at the source: off, null, pty,
+    /// tty, file=PATH or socket=PATH.
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<SerialConfig>,
+}
+
+/// Move the machine of a running vmm to another one that waits with `vmm receive`.
+///
+/// Shows the progress until the move is over. Ctrl-C cancels the move: the guest stays.
+///
+/// Exit status: 0 the guest runs there, 1 the move failed or was cancelled and the guest stays here, 3 it
+/// is unknown whether the guest runs there.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vmm send tcp:host-b:4600 --api-socket /run/vm1.sock
+  vmm send unix:/run/move.sock --api-socket /run/vm1.sock --downtime-ms 50 --json")]
+struct SendArgs {
+    /// Where the other vmm listens: `tcp:HOST:PORT` or `unix:PATH`.
+    url: String,
+    /// The API socket of the vmm that runs the machine.
+    #[arg(long, value_name = "PATH")]
+    api_socket: PathBuf,
+    /// The longest acceptable downtime, in milliseconds.
+    #[arg(long, value_name = "N", default_value_t = SendMigration::to("").downtime_ms)]
+    downtime_ms: u64,
+    /// How long to try to get below that, in seconds.
+    #[arg(long, value_name = "N", default_value_t = SendMigration::to("").timeout_s)]
+    timeout_s: u64,
+    /// What to do after that time.
+    #[arg(long, value_name = "WHAT", default_value = "cancel")]
+    timeout_strategy: StrategyName,
+    /// Print the job as one JSON object on standard output when it is over.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What to do when a move cannot get below its downtime in time.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum StrategyName {
+    /// The guest stays.
+    Cancel,
+    /// The guest moves, however long it is down.
+    Ignore,
+}
+
+impl From<StrategyName> for TimeoutStrategy {
+    fn from(name: StrategyName) -> Self {
+        match name {
+            StrategyName::Cancel => Self::Cancel,
+            StrategyName::Ignore => Self::Ignore,
+        }
+    }
+}
+
+/// The exit status of a failure.
+const FAILED: u8 = 1;
+
+/// The exit status of the demo on a host that cannot run guests, and of wrong usage.
+const UNUSABLE: u8 = 2;
+
+/// The exit status of a move whose outcome is unknown.
+const IN_DOUBT: u8 = 3;
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logging::start(cli.log_level)
+        .and_then(|()| cli.command.run())
+        .unwrap_or_else(|error| {
+            eprintln!("vmm: {error:#}");
+            ExitCode::from(FAILED)
+        })
+}
+
+impl Command {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Run(args) => host::run(&args),
+            Self::Serve(args) => host::serve(&args),
+            Self::Receive(args) => host::receive(args),
+            Self::Send(args) => send::send(args),
+            Self::Ctl(args) => ctl::ctl(&args),
+            Self::Demo(args) => demo::demo(&args),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
