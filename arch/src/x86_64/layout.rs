@@ -36,6 +36,11 @@ pub const ACPI_TABLES: u64 = 0xe_0000;
 /// Where the kernel may begin.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
+/// PCI ECAM window, when there is PCI; always kept free.
+pub const PCI_ECAM_BASE: u64 = 0xe000_0000;
+/// ECAM window size: 256 buses of 1 MiB.
+pub const PCI_ECAM_SIZE: u64 = 0x1000_0000;
+
 /// IOAPIC register window.
 pub const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// IOAPIC register window size.

@@ -7,9 +7,13 @@
 //!                                                    └── saved on another host, maybe another back end
 //! ```
 //!
-//! Nothing here names a hypervisor: the types are the neutral form that every back end converts
-//! to and from.
+//! Nothing here names a hypervisor's types: the types are the neutral form that every back end
+//! converts to and from.
 
+pub mod acpi;
+pub mod boot;
 pub mod cpuid;
 pub mod layout;
+pub mod msr;
 pub mod state;
+pub mod topology;
