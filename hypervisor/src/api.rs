@@ -134,9 +134,19 @@ pub trait Vm: Send + Sync {
     /// Undoes [`Vm::register_irqfd`].
     fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> Result<()>;
     /// Makes a guest write write to `event`.
-    fn register_ioevent(&self, event: &EventFd, at: IoEventAddress, when: IoEventMatch) -> Result<()>;
+    fn register_ioevent(
+        &self,
+        event: &EventFd,
+        at: IoEventAddress,
+        when: IoEventMatch,
+    ) -> Result<()>;
     /// Undoes [`Vm::register_ioevent`].
-    fn unregister_ioevent(&self, event: &EventFd, at: IoEventAddress, when: IoEventMatch) -> Result<()>;
+    fn unregister_ioevent(
+        &self,
+        event: &EventFd,
+        at: IoEventAddress,
+        when: IoEventMatch,
+    ) -> Result<()>;
     /// Sends a message-signalled interrupt now.
     fn signal_msi(&self, msi: Msi) -> Result<()>;
 
@@ -153,7 +163,13 @@ pub trait Vm: Send + Sync {
     /// Clears and re-arms those pages whose bit is set in `words`, which stands for the pages from `first_page` on
     /// (a multiple of 64). `pages` is a multiple of 64 or reaches the slot's end. Does nothing without
     /// [`Capabilities::manual_dirty_protect`]. To lose no write, call it *before* reading the pages.
-    fn clear_dirty_log(&self, slot: MemorySlot, first_page: u64, pages: u64, words: &[u64]) -> Result<()>;
+    fn clear_dirty_log(
+        &self,
+        slot: MemorySlot,
+        first_page: u64,
+        pages: u64,
+        words: &[u64],
+    ) -> Result<()>;
 
     /// Reads the paravirtual clock. All vCPUs should be stopped.
     fn clock(&self) -> Result<MachineClock>;
@@ -205,6 +221,33 @@ pub struct FaultDetails {
     pub registers: Option<arch::x86_64::state::GeneralRegisters>,
     /// CS, control registers and so on, where they could be read.
     pub special: Option<arch::x86_64::state::SpecialRegisters>,
+}
+
+impl std::fmt::Display for FaultDetails {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.reason)?;
+        if !self.instruction.is_empty() {
+            f.write_str("; instruction")?;
+            for byte in &self.instruction {
+                write!(f, " {byte:02x}")?;
+            }
+        }
+        if let Some(r) = &self.registers {
+            write!(
+                f,
+                "; rip={:#x} rflags={:#x} rsp={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} rsi={:#x} rdi={:#x}",
+                r.rip, r.rflags, r.rsp, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi
+            )?;
+        }
+        if let Some(s) = &self.special {
+            write!(
+                f,
+                "; cs={:#x} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}",
+                s.cs.selector, s.cr0, s.cr2, s.cr3, s.cr4, s.efer
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// One virtual processor. Owned by one thread; only its [`VcpuKick`] is shared.

@@ -21,3 +21,10 @@ pub mod kvm;
 
 pub use api::*;
 pub use error::{Error, Result};
+
+/// Opens this host's hypervisor.
+///
+/// An [`Error::Open`] says what to do about a host that has none.
+pub fn open_default() -> Result<Box<dyn Hypervisor>> {
+    Ok(Box::new(kvm::Kvm::open()?))
+}

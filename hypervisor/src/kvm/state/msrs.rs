@@ -1,0 +1,285 @@
+//! Model-specific registers.
+//!
+//! Saved is what the host lists (KVM_GET_MSR_INDEX_LIST) and what KVM keeps per vCPU without listing it ([`UNLISTED`]); of that, what
+//! can be read. Which those are is remembered per machine, so that a pause costs one call for 256 registers, not one more for
+//! each register that fails.
+//!
+//! A restore sets all of them, and goes on after one that KVM refuses if nothing is lost by it: the vCPU already has the value
+//! (feature registers such as IA32_ARCH_CAPABILITIES, which some hosts let nobody set), or the register does not exist here and
+//! was zero. Otherwise the restore is refused by the register's name.
+//!
+//! # The time-stamp counter
+//!
+//! IA32_TSC is written as it was read. KVM takes a write that lies within a second of where the machine's TSC would be by
+//! now as meant to be the same TSC, and gives that vCPU the first one's offset. All vCPUs are saved after all
+//! have stopped, so the first one's value is at or past everything that any vCPU has seen: the guest's TSC is
+//! synchronised again and never goes back. It does not count the time the machine stood still. A guest that had set its TSCs less than
+//! a second apart gets them synchronised.
+
+use std::borrow::Cow;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use arch::x86_64::state::{Msr, StateElement, VcpuState};
+use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_ioctls::VcpuFd;
+
+use super::refused;
+use crate::kvm::call;
+use crate::kvm::vcpu::KvmVcpu;
+use crate::{Error, Result};
+
+const IA32_TSC: u32 = 0x10;
+const IA32_TSC_ADJUST: u32 = 0x3b;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
+
+/// Registers that KVM keeps for each vCPU but does not list (SDM vol. 4, chapter 2): IA32_DEBUGCTL, the MTRRs (8 variable
+/// ranges, 11 fixed ones, the default type), and four registers for each of KVM's 32 machine-check banks.
+const UNLISTED: [std::ops::RangeInclusive<u32>; 7] = [
+    0x1d9..=0x1d9,
+    0x200..=0x20f,
+    0x250..=0x250,
+    0x258..=0x259,
+    0x268..=0x26f,
+    0x2ff..=0x2ff,
+    0x400..=0x47f,
+];
+
+/// The host's list with what it leaves out, sorted, each once.
+pub(crate) fn with_unlisted(listed: &[u32]) -> Vec<u32> {
+    let mut all: Vec<u32> = listed
+        .iter()
+        .copied()
+        .chain(UNLISTED.into_iter().flatten())
+        .collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+/// Which registers a machine's vCPUs can read, once one of them has tried.
+#[derive(Default)]
+pub(crate) struct ReadableMsrs(Mutex<Option<Arc<[u32]>>>);
+
+impl ReadableMsrs {
+    fn known(&self) -> Option<Arc<[u32]>> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn learn(&self, indices: impl Iterator<Item = u32>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(indices.collect());
+    }
+
+    /// Something has changed what can be read.
+    pub(crate) fn forget(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+pub(super) fn save(vcpu: &KvmVcpu, state: &mut VcpuState) -> Result<()> {
+    let known = vcpu.vm.readable_msrs.known();
+    let indices = match &known {
+        Some(known) => known,
+        None => vcpu.vm.host.msr_indices()?,
+    };
+    state.msrs = read(&vcpu.fd, indices)?;
+    if state.msrs.len() != indices.len() || known.is_none() {
+        vcpu.vm
+            .readable_msrs
+            .learn(state.msrs.iter().map(|msr| msr.index));
+    }
+    Ok(())
+}
+
+/// Reads those of `indices` that can be read. KVM stops at the first that cannot and says how far it came.
+fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>> {
+    let mut values = Vec::with_capacity(indices.len());
+    let mut rest = indices;
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let entries: Vec<_> = batch
+            .iter()
+            .map(|&index| kvm_msr_entry {
+                index,
+                ..Default::default()
+            })
+            .collect();
+        let mut table = table(&entries)?;
+        let done = vcpu
+            .get_msrs(&mut table)
+            .map_err(call("KVM_GET_MSRS"))?
+            .min(batch.len());
+        values.extend(table.as_slice()[..done].iter().map(|e| Msr {
+            index: e.index,
+            value: e.data,
+        }));
+        // If it stopped early, the one it stopped at is passed over.
+        rest = &rest[(done + usize::from(done < batch.len()))..];
+    }
+    Ok(values)
+}
+
+pub(super) fn restore(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
+    let ordered = in_order(&state.msrs);
+    let mut rest = &ordered[..];
+    while !rest.is_empty() {
+        let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let entries: Vec<_> = batch
+            .iter()
+            .map(|msr| kvm_msr_entry {
+                index: msr.index,
+                data: msr.value,
+                ..Default::default()
+            })
+            .collect();
+        let done = vcpu
+            .fd
+            .set_msrs(&table(&entries)?)
+            .map_err(call("KVM_SET_MSRS"))?
+            .min(batch.len());
+        if let Some(&stopped_at) = batch.get(done) {
+            tolerate(vcpu, stopped_at)?;
+        }
+        rest = &rest[(done + usize::from(done < batch.len()))..];
+    }
+    Ok(())
+}
+
+/// Whether nothing is lost by not setting a register that KVM has refused.
+fn tolerate(vcpu: &KvmVcpu, wanted: Msr) -> Result<()> {
+    let here = read(&vcpu.fd, &[wanted.index])?
+        .first()
+        .map(|msr| msr.value);
+    match here {
+        Some(value) if value == wanted.value => Ok(()),
+        None if wanted.value == 0 => Ok(()),
+        here => Err(refused(vcpu, StateElement::Msrs, refusal(wanted, here))),
+    }
+}
+
+fn refusal(wanted: Msr, here: Option<u64>) -> String {
+    let Msr { index, value } = wanted;
+    let name = name(index);
+    match here {
+        Some(here) => format!(
+            "{name} (MSR {index:#x}) is {value:#x} in the guest, {here:#x} here, and cannot be set"
+        ),
+        None => {
+            format!("{name} (MSR {index:#x}) is {value:#x} in the guest and does not exist here")
+        }
+    }
+}
+
+/// By index, but the TSC, its adjustment and the deadline last, in this order: a deadline is armed against the TSC.
+fn in_order(msrs: &[Msr]) -> Cow<'_, [Msr]> {
+    let rank = |msr: &Msr| match msr.index {
+        IA32_TSC => 1,
+        IA32_TSC_ADJUST => 2,
+        IA32_TSC_DEADLINE => 3,
+        _ => 0,
+    };
+    let mut ordered = msrs.to_vec();
+    ordered.sort_by_key(|msr| (rank(msr), msr.index));
+    Cow::Owned(ordered)
+}
+
+fn table(entries: &[kvm_msr_entry]) -> Result<Msrs> {
+    Msrs::from_entries(entries)
+        .map_err(|_| Error::Invalid(format!("{} MSRs are too many for one call", entries.len())))
+}
+
+/// The manual's name of a register, for messages.
+fn name(index: u32) -> &'static str {
+    match index {
+        0x10 => "IA32_TSC",
+        0x3a => "IA32_FEATURE_CONTROL",
+        0x3b => "IA32_TSC_ADJUST",
+        0x48 => "IA32_SPEC_CTRL",
+        0x8b => "IA32_BIOS_SIGN_ID",
+        0xc1..=0xc8 => "IA32_PMCx",
+        0xe1 => "IA32_UMWAIT_CONTROL",
+        0x10a => "IA32_ARCH_CAPABILITIES",
+        0x122 => "IA32_TSX_CTRL",
+        0x140 => "MISC_FEATURES_ENABLES",
+        0x174..=0x176 => "IA32_SYSENTER",
+        0x179..=0x17b => "IA32_MCG",
+        0x186..=0x18d => "IA32_PERFEVTSELx",
+        0x1a0 => "IA32_MISC_ENABLE",
+        0x1c4 => "IA32_XFD",
+        0x1c5 => "IA32_XFD_ERR",
+        0x1d9 => "IA32_DEBUGCTL",
+        0x200..=0x20f | 0x250..=0x26f | 0x2ff => "IA32_MTRR",
+        0x277 => "IA32_PAT",
+        0x345 => "IA32_PERF_CAPABILITIES",
+        0x309..=0x30c | 0x38d..=0x390 => "IA32_FIXED_CTR",
+        0x400..=0x47f => "IA32_MCi",
+        0x480..=0x493 => "IA32_VMX",
+        0x6a0..=0x6a8 => "IA32_CET",
+        0x6e0 => "IA32_TSC_DEADLINE",
+        0xda0 => "IA32_XSS",
+        0xc000_0080 => "IA32_EFER",
+        0xc000_0081..=0xc000_0084 => "IA32_STAR",
+        0xc000_0100..=0xc000_0102 => "IA32_FS_GS_BASE",
+        0xc000_0103 => "IA32_TSC_AUX",
+        0xc000_0104 => "AMD_TSC_RATIO",
+        0xc001_0015 => "AMD_HWCR",
+        0xc001_011f => "AMD_VIRT_SPEC_CTRL",
+        0x4000_0000..=0x4000_01ff => "HYPERV",
+        0x11 | 0x12 | 0x4b56_4d00..=0x4b56_4d08 => "KVM",
+        _ => "a register without a name",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_stamp_counter_comes_last_and_the_deadline_after_it() {
+        let msrs: Vec<_> = [0x10, 0x3b, 0x174, 0x6e0, 0x4b56_4d01, 0xc000_0081]
+            .map(|index| Msr { index, value: 0 })
+            .to_vec();
+        let order: Vec<_> = in_order(&msrs).iter().map(|msr| msr.index).collect();
+        assert_eq!(order, [0x174, 0x4b56_4d01, 0xc000_0081, 0x10, 0x3b, 0x6e0]);
+    }
+
+    #[test]
+    fn the_list_is_sorted_and_has_each_register_once() {
+        let all = with_unlisted(&[0xc000_0081, 0x277, 0x2ff, 0x10]);
+        assert!(all.windows(2).all(|pair| pair[0] < pair[1]));
+        assert!(
+            [0x10, 0x277, 0x2ff, 0x20f, 0x47f, 0xc000_0081]
+                .iter()
+                .all(|index| all.binary_search(index).is_ok())
+        );
+    }
+
+    #[test]
+    fn a_refusal_names_register_and_values() {
+        let text = refusal(
+            Msr {
+                index: 0x10a,
+                value: 0x42,
+            },
+            Some(0),
+        );
+        assert!(
+            text.contains("IA32_ARCH_CAPABILITIES")
+                && text.contains("0x10a")
+                && text.contains("0x42"),
+            "{text}"
+        );
+        assert!(
+            refusal(
+                Msr {
+                    index: 0x1c4,
+                    value: 1
+                },
+                None
+            )
+            .contains("does not exist")
+        );
+    }
+}
