@@ -1,2 +1,67 @@
-//! Placeholder.
-fn main() {}
+//! Benchmarks: this project and a peer in one run, alternating, same guest program, same memory.
+//!
+//! ```text
+//!   for each run: for each case: ours, then QEMU, then the limit (a plain copy)  ──► medians, ratio ours / QEMU's
+//! ```
+//!
+//! With `--json` one object a case on a line of its own; without it a table. A peer that is not installed is named, with
+//! the package to install, and left out: its figures are then `null`.
+
+mod limit;
+mod ours;
+mod precopy;
+mod qemu;
+mod start;
+mod stats;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+
+/// Measures this project side by side with QEMU.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Moves a filled 2 GiB guest over TCP loopback: idle, and with a 64 MiB hot set.
+    Precopy(precopy::Options),
+    /// Process start to the guest's first instruction, and the VMM's own memory.
+    Start(Common),
+    /// A plain loopback copy into fresh huge-page memory: what no move can beat.
+    Limit(Common),
+}
+
+/// Options of every benchmark.
+#[derive(Args, Clone, Copy)]
+struct Common {
+    /// Runs of each case.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+    /// One JSON object a case on a line of its own, instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    match Cli::parse().what {
+        What::Precopy(options) => precopy::run(options),
+        What::Start(common) => start::run(common),
+        What::Limit(common) => limit::run(common),
+    }
+}

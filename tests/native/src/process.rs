@@ -1,0 +1,207 @@
+//! Real `vmm` processes: started, watched, and gone at the end of the test.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use crate::api::Api;
+use crate::console::Console;
+
+/// The binary under test: `VMM_BIN`, or the one that cargo builds beside this test.
+pub fn binary() -> Result<PathBuf> {
+    let path = match std::env::var_os("VMM_BIN") {
+        Some(path) => PathBuf::from(path),
+        None => {
+            let test = std::env::current_exe()?;
+            test.ancestors()
+                .nth(2)
+                .context("the test binary is not in a target folder")?
+                .join("vmm")
+        }
+    };
+    ensure!(
+        path.is_file(),
+        "{} does not exist: run `cargo build --release -p vmm`, or set VMM_BIN",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// Why no guest can run here, if so.
+pub fn no_kvm() -> Option<String> {
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .err()
+        .map(|error| format!("/dev/kvm: {error}"))
+}
+
+/// A folder of one test, removed at its end.
+pub struct Folder {
+    path: PathBuf,
+}
+
+impl Folder {
+    /// A new folder.
+    pub fn new() -> Result<Self> {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let path = std::env::temp_dir().join(format!(
+            "vmm-native-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        ));
+        std::fs::create_dir_all(&path)?;
+        Ok(Self {
+            path,
+        })
+    }
+
+    /// A path in it.
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// Writes a file into it.
+    pub fn write(&self, name: &str, contents: &[u8]) -> Result<PathBuf> {
+        let path = self.join(name);
+        std::fs::write(&path, contents)?;
+        Ok(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.path);
+    }
+}
+
+/// A `vmm serve` process.
+pub struct Vmm {
+    child: Child,
+    api: Api,
+    name: String,
+    stderr: PathBuf,
+    serial: PathBuf,
+}
+
+impl Vmm {
+    /// Starts `vmm serve` with sockets named `name` in the folder, and waits until its API answers.
+    pub fn serve(folder: &Folder, name: &str) -> Result<Self> {
+        let socket = folder.join(format!("{name}.api"));
+        let stderr = folder.join(format!("{name}.log"));
+        let child = Command::new(binary()?)
+            .arg("serve")
+            .arg("--api-socket")
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&stderr)?)
+            .spawn()?;
+        let mut vmm = Self {
+            child,
+            api: Api::at(&socket),
+            name: name.to_owned(),
+            stderr,
+            serial: folder.join(format!("{name}.serial")),
+        };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while vmm.api.get("vmm.ping").is_err() {
+            if let Some(status) = vmm.child.try_wait()? {
+                bail!("vmm {name} ended with {status}: {}", vmm.log());
+            }
+            ensure!(Instant::now() < deadline, "vmm {name} does not answer: {}", vmm.log());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(vmm)
+    }
+
+    /// Its API.
+    pub fn api(&self) -> &Api {
+        &self.api
+    }
+
+    /// What it has written to standard error.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.stderr).unwrap_or_default()
+    }
+
+    /// Where its guest's serial port is, or will be.
+    pub fn serial(&self) -> &Path {
+        &self.serial
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Kills it as a host failure would.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self, limit: Duration) -> Result<std::process::ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < deadline, "vmm {} still runs: {}", self.name, self.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Creates a guest from a config whose serial port leads to [`Vmm::serial`], and boots it.
+    pub fn boot(&self, mut config: Value) -> Result<()> {
+        config["serial"] = json!({"mode": "Socket", "socket": self.serial});
+        self.api.put("vm.create", &config)?;
+        self.api.put("vm.boot", &Value::Null)?;
+        Ok(())
+    }
+
+    /// Connects to the guest's serial port.
+    pub fn console(&self) -> Result<Console> {
+        Console::connect(&self.serial)
+    }
+
+    /// Starts to receive on `url`; returns the job and the URL with its port resolved.
+    pub fn receive(&self, url: &str) -> Result<(u64, String)> {
+        let job = self.api.start(
+            "vm.receive-migration",
+            &json!({
+                "receiver_url": url,
+                "serial": {"mode": "Socket", "socket": self.serial},
+            }),
+        )?;
+        let url = self.api.job(job)?["url"].as_str().context("the job has no url")?.to_owned();
+        Ok((job, url))
+    }
+
+    /// Resident memory of the process in bytes.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let kib: u64 = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .and_then(|rest| rest.split_whitespace().next())
+            .context("no VmRSS")?
+            .parse()?;
+        Ok(kib * 1024)
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() || std::env::var_os("NATIVE_LOGS").is_some() {
+            eprintln!("--- vmm {}:\n{}", self.name, self.log());
+        }
+    }
+}

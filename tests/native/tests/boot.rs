@@ -1,0 +1,59 @@
+//! Guests boot, check themselves, reset and power off.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use libtest_mimic::Trial;
+use native::process::{Folder, Vmm};
+use serde_json::{Value, json};
+
+use crate::matrix::guest_trial;
+
+/// Longest a guest may take to do anything here.
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+
+/// A config of the memory guest.
+pub(crate) fn memory_guest(folder: &Folder, mib: u64, vcpus: u32, cmdline: &str) -> Result<Value> {
+    let kernel = folder.write("memory.elf", guests::MEMORY)?;
+    Ok(json!({
+        "payload": {"kernel": kernel, "cmdline": cmdline},
+        "cpus": {"boot_vcpus": vcpus, "max_vcpus": vcpus},
+        "memory": {"size": mib << 20},
+    }))
+}
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (backing, memory) in [
+        ("thp", json!({})),
+        ("small_pages", json!({"thp": false})),
+        ("memfd", json!({"shared": true})),
+    ] {
+        for vcpus in [1, 2] {
+            let memory = memory.clone();
+            trials.push(guest_trial(format!("boot::{backing}::{vcpus}_vcpus"), move |folder| {
+                boots(folder, vcpus, &memory)
+            }));
+        }
+    }
+    trials
+}
+
+fn boots(folder: &Folder, vcpus: u32, memory: &Value) -> Result<()> {
+    let mut config = memory_guest(folder, 256, vcpus, "working_set_mib=64 rate=2000")?;
+    for (key, value) in memory.as_object().into_iter().flatten() {
+        config["memory"][key] = value.clone();
+    }
+    let vmm = Vmm::serve(folder, "vmm")?;
+    vmm.boot(config)?;
+    let mut console = vmm.console()?;
+    let ready = console.line("memory: ready", LIMIT)?;
+    ensure!(ready.contains(&format!("cpus={vcpus}")), "{ready}");
+    let verdict = console.verdict()?;
+    ensure!(verdict.ends_with("ok"), "{verdict}");
+    ensure!(vmm.api().state()? == "Running");
+    vmm.api().put("vm.shutdown", &Value::Null)?;
+    ensure!(vmm.api().state()? == "Shutdown");
+    ensure!(vmm.resident_bytes()? < 64 << 20, "the guest's memory was not freed");
+    Ok(())
+}

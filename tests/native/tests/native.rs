@@ -1,0 +1,13 @@
+//! The native suite: real guests on this machine's KVM.
+
+mod boot;
+mod matrix;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let mut trials: Vec<Trial> = Vec::new();
+    trials.extend(boot::trials());
+    libtest_mimic::run(&arguments, trials).exit();
+}
