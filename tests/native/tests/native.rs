@@ -2,6 +2,7 @@
 
 mod boot;
 mod matrix;
+mod moves;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -9,5 +10,6 @@ fn main() {
     let arguments = Arguments::from_args();
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(boot::trials());
+    trials.extend(moves::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
