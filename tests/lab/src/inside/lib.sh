@@ -96,7 +96,8 @@ signal() { : >"/tmp/shared/$1"; }
 # await NAME [FILE]: waits until the other host has signalled or shared NAME; keeps it in FILE.
 await() {
     tries=$(limit 300)
-    until wget -q -T 5 -O "${2:-/dev/null}" "http://$PEER/$1" 2>/dev/null; do
+    # Not wget's own -T: with it Debian's static busybox crashes.
+    until timeout 5 wget -q -O "${2:-/dev/null}" "http://$PEER/$1" 2>/dev/null; do
         tries=$((tries - 1))
         [ "$tries" -gt 0 ] || hang "the other host never came to $1"
         usleep 200000
