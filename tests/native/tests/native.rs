@@ -3,6 +3,7 @@
 mod boot;
 mod matrix;
 mod moves;
+mod refusals;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -11,5 +12,6 @@ fn main() {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(boot::trials());
     trials.extend(moves::trials());
+    trials.extend(refusals::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
