@@ -62,8 +62,8 @@ pub fn mtrrs() -> Vec<u32> {
 /// Puts into a freshly reset vCPU the MSR values that firmware leaves behind; for the boot processor and for all
 /// others alike, so that a kernel finds them consistent.
 ///
-/// IA32_MTRR_DEF_TYPE is always written: with MTRRs off, as after reset, Linux before 6.8 also turns PAT off and
-/// takes all memory for uncacheable. The others are written only where the state lists them, which means that the
+/// IA32_MTRR_DEF_TYPE is always written: with MTRRs off, as after reset, some Linux kernels (6.1) turn PAT off too and
+/// take all memory for uncacheable. The others are written only where the state lists them, which means that the
 /// host has them.
 pub fn apply_boot_values(state: &mut VcpuState) {
     if let Some(misc) = find(state, IA32_MISC_ENABLE) {

@@ -329,3 +329,7 @@ pub struct MachineClock {
     /// The host's TSC at the same moment, if the back end could read all at once.
     pub host_tsc: Option<u64>,
 }
+
+#[cfg(test)]
+#[path = "state_tests.rs"]
+mod tests;

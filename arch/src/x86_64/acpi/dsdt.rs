@@ -3,7 +3,7 @@
 //! ```text
 //!   \_S5_                      SLP_TYP for soft off
 //!   \_SB_.COM1  PNP0501        serial port                \_SB_.RTC_  PNP0B00   CMOS clock
-//!   \_SB_.PS2K  PNP0303        keyboard controller        \_SB_.MBRD  PNP0C02   the ECAM window, reserved
+//!   \_SB_.MBRD  PNP0C02        the ECAM window, reserved, when there is PCI
 //!   \_SB_.PWRB  PNP0C0C  ◄── Notify ── \_SB_.GED_ ACPI0013 ◄── ACPI_EVENT_IRQ, flags in ACPI_EVENT_PORT
 //! ```
 
@@ -16,12 +16,9 @@ use acpi_tables::aml::{
 
 use super::{AcpiConfig, Ecam};
 use crate::x86_64::layout::{
-    ACPI_EVENT_IRQ, ACPI_EVENT_PORT, ACPI_S5_SLEEP_TYPE, CMOS_PORT, I8042_PORT, SERIAL_IRQ,
-    SERIAL_PORT,
+    ACPI_EVENT_IRQ, ACPI_EVENT_PORT, ACPI_S5_SLEEP_TYPE, CMOS_PORT, SERIAL_IRQ, SERIAL_PORT,
 };
 
-/// The keyboard's ISA interrupt.
-const KEYBOARD_IRQ: u32 = 1;
 /// Event flag of the power button.
 const POWER_BUTTON_FLAG: u8 = 1;
 /// Notification "S0 power button pressed" (ACPI 6.5, section 4.8.3.1.1.2, table 4.20).
@@ -35,9 +32,6 @@ pub(super) fn body(config: &AcpiConfig) -> Vec<u8> {
     rtc(&mut aml);
     if config.serial {
         serial(&mut aml);
-    }
-    if config.i8042 {
-        keyboard(&mut aml);
     }
     if let Some(ecam) = config.ecam {
         reserved_window(ecam, &mut aml);
@@ -85,17 +79,6 @@ fn rtc(aml: &mut Vec<u8>) {
         "RTC_",
         &EISAName::new("PNP0B00"),
         vec![&io(CMOS_PORT, 2)],
-    );
-}
-
-fn keyboard(aml: &mut Vec<u8>) {
-    let (data, command) = (io(I8042_PORT, 1), io(I8042_PORT + 4, 1));
-    let interrupt = edge(KEYBOARD_IRQ);
-    device(
-        aml,
-        "PS2K",
-        &EISAName::new("PNP0303"),
-        vec![&data, &command, &interrupt],
     );
 }
 

@@ -38,7 +38,6 @@ const MAX_LEN: usize = (HIGH_RAM - ACPI_TABLES) as usize;
 
 // FADT IA-PC boot architecture flags (ACPI 6.5, table 5.11).
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1;
-const BOOT_ARCH_8042: u16 = 1 << 1;
 const BOOT_ARCH_VGA_NOT_PRESENT: u16 = 1 << 2;
 
 /// What the tables describe.
@@ -52,9 +51,6 @@ pub struct AcpiConfig {
     pub ecam: Option<Ecam>,
     /// The first serial port is there.
     pub serial: bool,
-    /// There is an i8042 that answers as a keyboard controller. `false` for one that only resets the machine: a
-    /// guest which is told of a keyboard searches for it (0.9 s in Linux), and resets by ACPI anyway.
-    pub i8042: bool,
 }
 
 /// A PCI segment's configuration window (PCI Firmware Specification 3.3, section 4.1).
@@ -212,13 +208,11 @@ fn fadt(config: &AcpiConfig, dsdt: u64) -> Vec<u8> {
     fadt.reset_value = ACPI_RESET_VALUE;
     fadt.sleep_control_reg = port(ACPI_SLEEP_CONTROL_PORT);
     fadt.sleep_status_reg = port(ACPI_SLEEP_STATUS_PORT);
-    // "CMOS RTC not present" stays clear: there is one.
+    // "CMOS RTC not present" stays clear: there is one. "8042" (bit 1) stays clear too: there is only its reset line,
+    // and a guest that is told of a keyboard controller searches for a keyboard (0.9 s in Linux).
     let mut boot_arch = BOOT_ARCH_VGA_NOT_PRESENT;
     if config.serial {
         boot_arch |= BOOT_ARCH_LEGACY_DEVICES;
-    }
-    if config.i8042 {
-        boot_arch |= BOOT_ARCH_8042;
     }
     fadt.iapc_boot_arch = boot_arch.into();
     let mut bytes = Vec::new();

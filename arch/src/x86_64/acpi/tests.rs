@@ -1,1 +1,254 @@
+//! The tables, walked as a guest would.
+
 use super::*;
+use vm_memory::GuestMemoryMmap;
+
+fn config(vcpus: u32) -> AcpiConfig {
+    AcpiConfig {
+        vcpus,
+        max_vcpus: vcpus,
+        ecam: None,
+        serial: true,
+    }
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+/// The table at a guest-physical address, checked for length and checksum.
+fn table_at(tables: &AcpiTables, gpa: u64) -> &[u8] {
+    let at = (gpa - tables.base) as usize;
+    let len = u32_at(&tables.bytes, at + 4) as usize;
+    let table = &tables.bytes[at..at + len];
+    assert_eq!(
+        sum(table),
+        0,
+        "checksum of {:?}",
+        String::from_utf8_lossy(&table[..4])
+    );
+    table
+}
+
+/// What the XSDT lists.
+fn listed(tables: &AcpiTables) -> Vec<&[u8]> {
+    let at = (tables.rsdp_address - tables.base) as usize;
+    let rsdp = &tables.bytes[at..at + 36];
+    assert_eq!(&rsdp[..8], b"RSD PTR ");
+    assert_eq!((sum(&rsdp[..20]), sum(rsdp), rsdp[15]), (0, 0, 2));
+    let xsdt = table_at(tables, u64_at(rsdp, 24));
+    assert_eq!(&xsdt[..4], b"XSDT");
+    xsdt[36..]
+        .chunks(8)
+        .map(|pointer| table_at(tables, u64_at(pointer, 0)))
+        .collect()
+}
+
+fn find<'a>(tables: &'a AcpiTables, signature: &[u8; 4]) -> Option<&'a [u8]> {
+    listed(tables)
+        .into_iter()
+        .find(|table| &table[..4] == signature)
+}
+
+#[test]
+fn every_table_is_found_and_sums_up() {
+    let tables = build(&config(2)).expect("builds");
+    let names: Vec<_> = listed(&tables)
+        .iter()
+        .map(|table| table[..4].to_vec())
+        .collect();
+    assert_eq!(names, [b"FACP".to_vec(), b"APIC".to_vec()]);
+    let ecam = Some(Ecam {
+        base: 0xe000_0000,
+        last_bus: 255,
+    });
+    let tables = build(&AcpiConfig { ecam, ..config(2) }).expect("builds");
+    let mcfg = find(&tables, b"MCFG").expect("listed");
+    assert_eq!(
+        (u64_at(mcfg, 44), mcfg[54], mcfg[55], mcfg.len()),
+        (0xe000_0000, 0, 255, 60)
+    );
+    assert_eq!(
+        build(&config(2)).expect("builds"),
+        build(&config(2)).expect("builds")
+    );
+}
+
+#[test]
+fn the_fadt_describes_hardware_reduced_acpi() {
+    let tables = build(&config(1)).expect("builds");
+    let fadt = find(&tables, b"FACP").expect("listed");
+    assert_eq!((fadt.len(), fadt[8], fadt[131]), (276, 6, 5), "version 6.5");
+    // Offsets: ACPI 6.5, table 5.9.
+    let dsdt = table_at(&tables, u64_at(fadt, 140));
+    assert_eq!(&dsdt[..4], b"DSDT");
+    assert_eq!(u64::from(u32_at(fadt, 40)), u64_at(fadt, 140));
+    assert_eq!(u32_at(fadt, 112), 1 << 20 | 1 << 10 | 1 << 5 | 1 << 4 | 1);
+    assert_eq!(
+        fadt[109], 0b101,
+        "legacy devices, no VGA, no keyboard controller, a CMOS clock"
+    );
+    let port = |at: usize| (fadt[at], fadt[at + 1], fadt[at + 3], u64_at(fadt, at + 4));
+    assert_eq!(port(116), (1, 8, 1, u64::from(ACPI_RESET_PORT)));
+    assert_eq!(fadt[128], ACPI_RESET_VALUE);
+    assert_eq!(port(244), (1, 8, 1, u64::from(ACPI_SLEEP_CONTROL_PORT)));
+    assert_eq!(port(256), (1, 8, 1, u64::from(ACPI_SLEEP_STATUS_PORT)));
+}
+
+/// The MADT's structures: type and content.
+fn structures(madt: &[u8]) -> Vec<&[u8]> {
+    let mut rest = &madt[44..];
+    let mut found = Vec::new();
+    while !rest.is_empty() {
+        let (one, next) = rest.split_at(usize::from(rest[1]));
+        found.push(one);
+        rest = next;
+    }
+    found
+}
+
+#[test]
+fn the_madt_lists_every_vcpu_in_the_form_its_id_needs() {
+    for vcpus in [1, 2, 255, 256, 300] {
+        let max_vcpus = vcpus + 2;
+        let tables = build(&AcpiConfig {
+            max_vcpus,
+            ..config(vcpus)
+        })
+        .expect("builds");
+        let madt = find(&tables, b"APIC").expect("listed");
+        assert_eq!((u32_at(madt, 36), u32_at(madt, 40)), (0xfee0_0000, 0));
+        let mut ids = Vec::new();
+        let (mut ioapics, mut nmis) = (0, 0);
+        for entry in structures(madt) {
+            match entry[0] {
+                0 => ids.push((u32::from(entry[3]), u32_at(entry, 4))),
+                9 => ids.push((u32_at(entry, 4), u32_at(entry, 8))),
+                1 => {
+                    assert_eq!((u32_at(entry, 4), u32_at(entry, 8)), (0xfec0_0000, 0));
+                    ioapics += 1;
+                }
+                4 | 10 => nmis += 1,
+                other => panic!("structure {other}"),
+            }
+            assert!(
+                entry[0] != 0 || entry[3] != 0xff,
+                "0xff addresses all local APICs"
+            );
+        }
+        let expected: Vec<_> = (0..max_vcpus)
+            .map(|id| (id, if id < vcpus { 1 } else { 2 }))
+            .collect();
+        assert_eq!(ids, expected);
+        assert_eq!((ioapics, nmis), (1, if max_vcpus > 255 { 2 } else { 1 }));
+    }
+}
+
+/// Whether a table contains some bytes.
+fn contains(table: &[u8], bytes: &[u8]) -> bool {
+    table.windows(bytes.len()).any(|window| window == bytes)
+}
+
+#[test]
+fn the_dsdt_has_the_devices_that_are_there() {
+    let dsdt = |config: &AcpiConfig| {
+        let tables = build(config).expect("builds");
+        let fadt = find(&tables, b"FACP").expect("listed");
+        table_at(&tables, u64_at(fadt, 140)).to_vec()
+    };
+    let all = dsdt(&AcpiConfig {
+        ecam: Some(Ecam {
+            base: 0xe000_0000,
+            last_bus: 0,
+        }),
+        ..config(1)
+    });
+    for name in [
+        b"_S5_", b"COM1", b"RTC_", b"MBRD", b"PWRB", b"GED_", b"_EVT",
+    ] {
+        assert!(contains(&all, name), "{name:?}");
+    }
+    let few = dsdt(&AcpiConfig {
+        serial: false,
+        ..config(1)
+    });
+    for name in [b"COM1", b"MBRD"] {
+        assert!(!contains(&few, name), "{name:?}");
+    }
+    // \_S5_: Name(_S5_, Package(2) { 5, 0 }).
+    assert!(contains(&few, b"_S5_\x12\x05\x02\x0a\x05\x00"));
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let error = build(&AcpiConfig {
+        vcpus: 3,
+        ..config(2)
+    })
+    .expect_err("more than the maximum");
+    assert!(matches!(
+        error,
+        AcpiError::Vcpus {
+            vcpus: 3,
+            max_vcpus: 2
+        }
+    ));
+    for max_vcpus in [9000, u32::MAX] {
+        let error = build(&AcpiConfig {
+            max_vcpus,
+            ..config(1)
+        })
+        .err();
+        assert!(
+            matches!(error, Some(AcpiError::TooLong { .. })),
+            "{max_vcpus}"
+        );
+    }
+    assert!(build(&config(4096)).expect("fits").bytes.len() <= MAX_LEN);
+}
+
+#[test]
+fn tables_are_written_where_they_point() {
+    let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("memory");
+    let tables = build(&config(1)).expect("builds");
+    tables.write_to(&mem).expect("writes");
+    let mut signature = [0; 8];
+    mem.read_slice(&mut signature, GuestAddress(tables.rsdp_address))
+        .expect("in RAM");
+    assert_eq!(&signature, b"RSD PTR ");
+    let small = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 16)]).expect("memory");
+    assert!(matches!(tables.write_to(&small), Err(AcpiError::Memory(_))));
+}
+
+#[test]
+#[ignore = "leaves the tables for iasl -d: VMM_TEST_ACPI_DIR=/path"]
+fn tables_can_be_dumped() {
+    let directory =
+        std::env::var_os("VMM_TEST_ACPI_DIR").expect("VMM_TEST_ACPI_DIR names a directory");
+    let ecam = Some(Ecam {
+        base: 0xe000_0000,
+        last_bus: 255,
+    });
+    let tables = build(&AcpiConfig {
+        ecam,
+        max_vcpus: 300,
+        ..config(2)
+    })
+    .expect("builds");
+    let fadt = find(&tables, b"FACP").expect("listed");
+    let mut all = listed(&tables);
+    all.push(table_at(&tables, u64_at(fadt, 140)));
+    for table in all {
+        let name = String::from_utf8_lossy(&table[..4]).to_lowercase() + ".aml";
+        let path = std::path::Path::new(&directory).join(name);
+        std::fs::write(path, table).expect("writes");
+    }
+}

@@ -11,7 +11,8 @@
 //!
 //! - [`policy`] never shows a guest what cannot be moved, or what this project has no device for.
 //! - [`for_vcpu`] depends on its arguments alone: a vCPU that is made again elsewhere reads the same.
-//! - [`missing_features`] bounds its work by the host's own leaves, however long a peer's list is.
+//! - [`missing_features`] looks at a fixed list of leaves, however long a peer's list is. A leaf that no build knows yet
+//!   is not compared.
 
 mod compare;
 mod names;

@@ -59,14 +59,14 @@ const HIDDEN: [Hidden; 8] = [
     ),
     // EAX: extended architectural performance monitoring.
     hide(7, 1, [bit(8), 0, 0, 0]),
-    // ECX: SVM, IBS, the performance counter extensions, performance TSC, MWAITX, LWP.
+    // ECX: SVM, IBS, SKINIT, the performance counter extensions, performance TSC, MWAITX, LWP.
     hide(
         0x8000_0001,
         0,
         [
             0,
             0,
-            bit(2) | bit(10) | bit(15) | bit(23) | bit(24) | bit(27) | bit(28) | bit(29),
+            bit(2) | bit(10) | bit(12) | bit(15) | bit(23) | bit(24) | bit(27) | bit(28) | bit(29),
             0,
         ],
     ),
@@ -123,8 +123,8 @@ const KVM_FEATURES: u32 = bit(0)
 
 /// What a host's supported CPUID becomes for a guest with the CPU model `host`.
 ///
-/// Under KVM, x2APIC and the TSC deadline timer are added: its local APIC always has both, but KVM before 6.14 does not
-/// list the latter among what it supports.
+/// Under KVM, x2APIC and the TSC deadline timer are added: its local APIC always has both, but older KVMs do not list the
+/// latter among what they support.
 pub fn policy(host: &Cpuid) -> Cpuid {
     let mut cpuid = host.clone();
     for entry in &mut cpuid.entries {
