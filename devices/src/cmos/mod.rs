@@ -197,15 +197,14 @@ impl Cmos {
 
     /// Makes the clock show `clock` from now on. What is no time is ignored: the chip's behaviour is undefined then.
     fn set_clock(&self, registers: &mut Registers, clock: &[u8; CLOCK.len()]) {
-        match Calendar::from_registers(clock, registers.format()) {
-            Some(calendar) => {
-                registers.offset_s = calendar.to_unix().saturating_sub(self.host_seconds())
-            }
-            None => tracing::debug!(
+        let Some(calendar) = Calendar::from_registers(clock, registers.format()) else {
+            tracing::debug!(
                 ?clock,
                 "the guest set its clock to what is no time; ignored"
-            ),
-        }
+            );
+            return;
+        };
+        registers.offset_s = calendar.to_unix().saturating_sub(self.host_seconds());
     }
 
     fn read_register(&self) -> u8 {

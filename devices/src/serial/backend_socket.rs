@@ -68,12 +68,11 @@ impl Endpoint for Socket {
     }
 
     fn accept(&mut self) {
-        match accept_with(&self.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
-            Ok(client) => self.client = Some(client),
-            Err(error) => {
-                tracing::debug!(%error, "a client of the serial socket went away before it was served")
-            }
+        let accepted = accept_with(&self.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC);
+        if let Err(error) = &accepted {
+            tracing::debug!(%error, "no client of the serial socket is there any more");
         }
+        self.client = accepted.ok();
     }
 
     fn read(&mut self, buffer: &mut [u8]) -> Received {

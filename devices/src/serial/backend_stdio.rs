@@ -165,7 +165,8 @@ impl Terminal {
     /// Does nothing to what is no terminal, or one of which this process is in the background (changing it would stop the
     /// process).
     fn raw(fd: BorrowedFd<'_>) -> io::Result<Self> {
-        let foreground = isatty(fd) && tcgetpgrp(fd).is_ok_and(|group| group == getpgrp());
+        // A terminal that is not the session's own knows no background.
+        let foreground = isatty(fd) && tcgetpgrp(fd).map_or(true, |group| group == getpgrp());
         if foreground {
             restore_at_exit();
             let saved = tcgetattr(fd)?;
@@ -222,4 +223,63 @@ fn restore_at_exit() {
             previous(panic);
         }));
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn stdio(input: &OwnedFd, output: &OwnedFd) -> Stdio {
+        Stdio {
+            input: Some(Stream::new(input.as_fd(), OFlags::RDONLY).expect("open")),
+            output: Some(Stream::new(output.as_fd(), OFlags::WRONLY).expect("open")),
+            _terminal: Terminal,
+            _taken: Taken,
+        }
+    }
+
+    #[test]
+    fn the_end_of_input_is_not_watched_any_more() {
+        let (reader, mut writer) = io::pipe().expect("a pipe");
+        let (_reader, out) = io::pipe().expect("a pipe");
+        let mut stdio = stdio(&reader.into(), &out.into());
+        let mut buffer = [0; 8];
+        assert_eq!(stdio.read(&mut buffer), Received::Nothing);
+        assert!(stdio.input().is_some());
+        writer.write_all(b"ab").expect("room");
+        assert_eq!(stdio.read(&mut buffer), Received::Bytes(2));
+        drop(writer);
+        assert_eq!(stdio.read(&mut buffer), Received::Nothing);
+        assert!(stdio.input().is_none());
+    }
+
+    #[test]
+    fn a_full_pipe_takes_nothing_and_a_broken_one_closes_the_output() {
+        let (reader, writer) = io::pipe().expect("a pipe");
+        let (input, _writer) = io::pipe().expect("a pipe");
+        let mut stdio = stdio(&input.into(), &writer.into());
+        let total: usize = std::iter::repeat_with(|| stdio.write(&[0; 4096]))
+            .take_while(|count| *count != 0)
+            .sum();
+        assert!(total >= 4096);
+        assert!(!stdio.output_closed());
+        drop(reader);
+        assert_eq!(stdio.write(b"x"), 0);
+        assert!(stdio.output_closed());
+    }
+
+    #[test]
+    fn sockets_do_not_block_either() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("a pair");
+        let ours: OwnedFd = ours.into();
+        let mut stdio = stdio(&ours, &ours);
+        assert_eq!(stdio.read(&mut [0; 8]), Received::Nothing);
+        while stdio.write(&[0; 4096]) != 0 {}
+        assert!(!stdio.output_closed());
+        drop(theirs);
+        stdio.write(b"x");
+        assert!(stdio.output_closed());
+    }
 }

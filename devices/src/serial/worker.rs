@@ -219,7 +219,7 @@ impl Loop {
     }
 
     /// Waits until something is to be done.
-    fn wait(&mut self, paused: bool) -> Ready {
+    fn wait(&self, paused: bool) -> Ready {
         let now = Instant::now();
         let rest = self
             .input_from
@@ -229,17 +229,14 @@ impl Loop {
         let wants_output = !paused && !self.queue.lock().bytes.is_empty();
 
         let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
-        let mut add = |wanted: bool, fd: Option<BorrowedFd<'_>>, flags| {
-            let fd = fd.filter(|_| wanted)?;
-            // SAFETY: the endpoint, which owns the descriptor, is neither changed nor dropped before `poll` below has
-            // returned; only the borrow of `fds` ends with this function.
-            let fd = unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&fd)) };
-            fds.push(PollFd::from_borrowed_fd(fd, flags));
-            Some(fds.len() - 1)
-        };
-        let listener = add(!paused, self.endpoint.listener(), PollFlags::IN);
-        let input = add(wants_input, self.endpoint.input(), PollFlags::IN);
-        let output = add(wants_output, self.endpoint.output(), PollFlags::OUT);
+        let listener = watch(&mut fds, !paused, self.endpoint.listener(), PollFlags::IN);
+        let input = watch(&mut fds, wants_input, self.endpoint.input(), PollFlags::IN);
+        let output = watch(
+            &mut fds,
+            wants_output,
+            self.endpoint.output(),
+            PollFlags::OUT,
+        );
 
         let timeout = rest
             .filter(|_| !paused)
@@ -288,6 +285,10 @@ impl Loop {
 
     /// Gives waiting output some time to leave.
     fn drain(&mut self) {
+        if self.endpoint.listener().is_some() {
+            // A peer may have come whom nobody has looked after yet.
+            self.endpoint.accept();
+        }
         let end = Instant::now() + GRACE;
         while !self.queue.lock().bytes.is_empty() {
             let rest = end.saturating_duration_since(Instant::now());
@@ -306,6 +307,18 @@ impl Loop {
             }
         }
     }
+}
+
+/// Adds a descriptor to what is polled, if it is wanted and there; where it is.
+fn watch<'a>(
+    fds: &mut Vec<PollFd<'a>>,
+    wanted: bool,
+    fd: Option<BorrowedFd<'a>>,
+    flags: PollFlags,
+) -> Option<usize> {
+    let fd = fd.filter(|_| wanted)?;
+    fds.push(PollFd::from_borrowed_fd(fd, flags));
+    Some(fds.len() - 1)
 }
 
 /// Signals are for the process's other threads; and reading a terminal from the background must fail, not stop the
