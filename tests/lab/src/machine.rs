@@ -125,7 +125,10 @@ impl Machine {
         {
             self.log.push_str("\n--- qemu\n");
             // A named CPU model has features that no emulator has; QEMU says so one by one, for pages.
-            for line in errors.lines().filter(|line| !line.contains("TCG doesn't support requested feature")) {
+            for line in errors
+                .lines()
+                .filter(|line| !line.contains("TCG doesn't support requested feature"))
+            {
                 self.log.push_str(line);
                 self.log.push('\n');
             }

@@ -51,7 +51,7 @@ expect() {
     while :; do
         lives=0
         alive "$1" && lives=1
-        seen=$(grep -a -c -e "$2" "/tmp/$1.out" || :)
+        seen=$(tr -d '\r' <"/tmp/$1.out" | grep -a -c -e "$2" || :)
         [ "${seen:-0}" -ge "$times" ] && return 0
         [ "$lives" = 1 ] || fail "$1 ended while \`$2\` was awaited"
         tries=$((tries - 1))

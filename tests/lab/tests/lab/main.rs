@@ -3,6 +3,7 @@
 //! `--test-threads=2` suits two cores: one lab host a core.
 
 mod selftest;
+mod stock;
 
 use std::process::ExitCode;
 
@@ -16,7 +17,11 @@ fn main() -> ExitCode {
         eprintln!("lab: killing cargo will not end this suite: {error}");
     }
     let args = Arguments::from_args();
-    let conclusion = libtest_mimic::run(&args, selftest::trials());
+    let trials = selftest::trials()
+        .into_iter()
+        .chain(stock::trials())
+        .collect();
+    let conclusion = libtest_mimic::run(&args, trials);
     let retries = lab::retries();
     println!(
         "lab: {} boots without a result were tried again",

@@ -1,9 +1,10 @@
 //! The lab tested by itself: a lab that lies would make every other result worthless.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use lab::{Cpu, Kernel, Lab};
+use lab::{Cpu, Entry, Kernel, Lab};
 use libtest_mimic::Trial;
 
 use crate::trial;
@@ -26,19 +27,83 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("lab::an_emulator_that_refuses_is_an_error", refusal),
         trial("lab::two_unlike_hosts_reach_each_other", pair),
     ]);
+    for (kernel, entry) in [
+        (Kernel::Debian61, Entry::BzImage),
+        (Kernel::Debian612, Entry::Pvh),
+    ] {
+        trials.push(trial(
+            format!(
+                "lab::the_stock_guest_works_under_qemu::{}-{}",
+                kernel.series(),
+                entry.name()
+            ),
+            move || guest_under_qemu(kernel, entry),
+        ));
+    }
     trials
+}
+
+/// The control of every test with a stock guest: the same guest and script functions, another hypervisor.
+fn guest_under_qemu(kernel: Kernel, entry: Entry) -> Result<()> {
+    let mut host = Lab::host(Cpu::Max)
+        .name("control")
+        .guest(kernel, entry)
+        .program(
+            Path::new("/usr/bin/qemu-system-x86_64"),
+            "bin/qemu-system-x86_64",
+        )
+        .data("lab/guest.sh", include_bytes!("guest.sh"));
+    for (folder, names) in [
+        ("/usr/share/seabios", ["bios-256k.bin"].as_slice()),
+        (
+            "/usr/share/qemu",
+            &["kvmvapic.bin", "linuxboot_dma.bin", "pvh.bin"],
+        ),
+    ] {
+        for name in names {
+            host = host.file(&Path::new(folder).join(name), &format!("bios/{name}"));
+        }
+    }
+    host.run(
+        ". /lab/guest.sh; VCPUS=1
+         mkfifo /tmp/monitor.in /tmp/monitor.out
+         start vm qemu-system-x86_64 -accel kvm -cpu host -m 256 -nodefaults -display none -L /bios \\
+             -chardev stdio,id=serial,signal=off -serial chardev:serial \\
+             -chardev pipe,id=monitor,path=/tmp/monitor -mon chardev=monitor \\
+             -kernel /guest/kernel -initrd /guest/initramfs -append 'console=ttyS0 quiet noxsave panic=-1'
+         expect vm GUEST-UP
+         shell_works vm
+         tell vm 'counter &'
+         expect vm 'count 5$'
+         tell vm 'reboot -f'
+         expect vm POWER-BUTTON-READY 2
+         shell_works vm
+         echo system_powerdown >/tmp/monitor.in
+         expect vm POWER-BUTTON-PRESSED
+         ends vm 0",
+    )?
+    .success()
 }
 
 fn host_has_kvm(kernel: Kernel) -> Result<()> {
     let host = Lab::host(Cpu::Max).name(kernel.series()).kernel(kernel);
-    host.run("[ -c /dev/kvm ]; [ \"$(cat /sys/module/kvm_amd/parameters/npt)\" != 0 ]; uname -r | grep -q '^'")?.success()
+    let script =
+        "[ -c /dev/kvm ]; [ \"$(cat /sys/module/kvm_amd/parameters/npt)\" != 0 ]; uname -r";
+    let outcome = host.run(script)?;
+    outcome.success()?;
+    ensure!(
+        outcome.log.contains(&format!("\n{}.", kernel.series())),
+        "another kernel:\n{}",
+        outcome.log
+    );
+    Ok(())
 }
 
 fn status_and_files() -> Result<()> {
     let outcome = Lab::host(Cpu::Max)
         .name("status")
         .data("some/where/data", "content of it\n")
-        .program(std::path::Path::new("/usr/bin/env"), "some/env")
+        .program(Path::new("/usr/bin/env"), "some/env")
         .run("cat /some/where/data; /some/env printf 'ran %s\\n' well; exit 7")?;
     ensure!(
         outcome.exit == Some(7),
