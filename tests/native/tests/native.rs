@@ -1,6 +1,7 @@
 //! The native suite: real guests on this machine's KVM.
 
 mod boot;
+mod failures;
 mod matrix;
 mod moves;
 mod refusals;
@@ -12,6 +13,7 @@ fn main() {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(boot::trials());
     trials.extend(moves::trials());
+    trials.extend(failures::trials());
     trials.extend(refusals::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
