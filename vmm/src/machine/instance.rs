@@ -21,7 +21,6 @@ use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
 use arch::x86_64::topology::{Topology, TopologyError};
 use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vm, VmOptions};
-use memory::vm_memory::{Bytes as _, GuestAddress};
 use memory::{GuestRam, RamRange};
 use migration::{CpuContract, DeviceState, MachineState, Manifest, RunState};
 
@@ -66,9 +65,9 @@ pub(crate) enum BuildError {
     /// A thread cannot be started.
     #[error("cannot start a vCPU thread: {0}")]
     Thread(std::io::Error),
-    /// Guest memory cannot be written.
-    #[error("cannot write the ACPI tables: {0}")]
-    Tables(memory::vm_memory::GuestMemoryError),
+    /// The ACPI tables do not fit, or cannot be written.
+    #[error(transparent)]
+    Tables(#[from] acpi::AcpiError),
 }
 
 impl BuildError {
@@ -225,10 +224,8 @@ impl Instance {
             max_vcpus: self.config.cpus.max_vcpus,
             ecam: None,
             serial: self.devices.has_serial(),
-        });
-        memory
-            .write_slice(&tables.bytes, GuestAddress(tables.base))
-            .map_err(BuildError::Tables)?;
+        })?;
+        tables.write_to(memory)?;
         let ranges: Vec<(u64, u64)> =
             self.ram.regions().iter().map(|region| (region.gpa(), region.len())).collect();
         let plan = boot::load(
