@@ -18,11 +18,11 @@ type Make = fn() -> Arc<dyn Device>;
 
 /// How to make each, and how many addresses it has.
 const DEVICES: [(Make, u64); 5] = [
-    (|| Ioapic::new(Arc::new(MsiLog::default())), 0x50),
+    (|| Arc::new(Ioapic::new(Arc::new(MsiLog::default()))), 0x50),
     (
         || {
             Arc::new(
-                Serial::new(&SerialBackend::Null, Arc::new(Unconnected)).expect("needs nothing"),
+                Serial::new(SerialBackend::Null, Arc::new(Unconnected)).expect("needs nothing"),
             )
         },
         8,

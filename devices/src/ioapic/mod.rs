@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::entry::Entry;
 use crate::bus::BusDevice;
-use crate::interrupt::{InterruptLine, IoapicRoute, MsiSink};
+use crate::interrupt::{InterruptLine, IoapicRoute, MsiSink, Unconnected};
 use crate::state::saved::IoapicState;
 use crate::state::{self, Persist, SavedState, StateError};
 
@@ -81,20 +81,28 @@ pub struct Ioapic {
 
 impl Ioapic {
     /// An I/O APIC after power on, with every pin masked.
-    pub fn new(sink: Arc<dyn MsiSink>) -> Arc<Self> {
-        Arc::new(Ioapic {
+    pub fn new(sink: Arc<dyn MsiSink>) -> Self {
+        Ioapic {
             sink,
             pins: Mutex::new(Pins::after_power_on()),
-        })
+        }
     }
 
-    /// The line into `pin`; `None` when there is no such pin.
-    pub fn line(self: &Arc<Self>, pin: u32) -> Option<Arc<dyn InterruptLine>> {
-        let pin = usize::try_from(pin).ok().filter(|pin| *pin < PINS)?;
-        Some(Arc::new(Line {
-            ioapic: self.clone(),
-            pin,
-        }))
+    /// The line into `pin`. From [`IOAPIC_PINS`] on there are none, and the line leads nowhere.
+    pub fn line(self: &Arc<Self>, pin: u32) -> Arc<dyn InterruptLine> {
+        match usize::try_from(pin) {
+            Ok(index) if index < PINS => Arc::new(Line {
+                ioapic: self.clone(),
+                pin: index,
+            }),
+            _ => {
+                tracing::warn!(
+                    pin,
+                    "an interrupt line was asked for that the IOAPIC does not have"
+                );
+                Arc::new(Unconnected)
+            }
+        }
     }
 
     /// A local APIC has ended the service of `vector`, which a level-triggered pin had sent.

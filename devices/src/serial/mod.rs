@@ -127,13 +127,13 @@ pub struct Serial {
 
 impl Serial {
     /// A serial port after power on with `backend` at the other end, whose interrupt pulses `line`.
-    pub fn new(backend: &SerialBackend, line: Arc<dyn InterruptLine>) -> Result<Self, SerialError> {
+    pub fn new(backend: SerialBackend, line: Arc<dyn InterruptLine>) -> Result<Self, SerialError> {
         let (queue, wake) = OutputQueue::new()?;
         let mut pty_path = None;
         let (output, endpoint): (Output, Option<Box<dyn Endpoint>>) = match backend {
             SerialBackend::Null => (Output::nowhere(), None),
             SerialBackend::File { path, append } => {
-                (Output::file(backend_file::open(path, *append)?), None)
+                (Output::file(backend_file::open(&path, append)?), None)
             }
             SerialBackend::Stdio => (
                 Output::queue(queue),
@@ -146,7 +146,7 @@ impl Serial {
             }
             SerialBackend::Socket { path } => (
                 Output::queue(queue),
-                Some(Box::new(backend_socket::Socket::new(path)?)),
+                Some(Box::new(backend_socket::Socket::new(&path)?)),
             ),
         };
         let line = LineTrigger(line);

@@ -23,7 +23,7 @@ const LCR: u64 = 3;
 const MCR: u64 = 4;
 const LSR: u64 = 5;
 
-fn serial(backend: &SerialBackend) -> (Serial, Arc<LineLog>) {
+fn serial(backend: SerialBackend) -> (Serial, Arc<LineLog>) {
     let line = Arc::new(LineLog::default());
     (
         Serial::new(backend, line.clone()).expect("the back end is there"),
@@ -88,7 +88,7 @@ fn connect(path: &Path) -> UnixStream {
 fn socket() -> (tempfile::TempDir, PathBuf, Serial, Arc<LineLog>) {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("serial.sock");
-    let (serial, line) = serial(&SerialBackend::Socket { path: path.clone() });
+    let (serial, line) = serial(SerialBackend::Socket { path: path.clone() });
     (dir, path, serial, line)
 }
 
@@ -112,7 +112,7 @@ fn a_file_is_emptied_or_appended_to_and_written_at_once() {
     let dir = tempfile::tempdir().expect("a directory");
     let path = dir.path().join("out");
     for (append, content) in [(false, "one"), (true, "oneone"), (false, "one")] {
-        let (serial, _) = serial(&SerialBackend::File {
+        let (serial, _) = serial(SerialBackend::File {
             path: path.clone(),
             append,
         });
@@ -144,7 +144,7 @@ fn files_that_cannot_be_written_are_refused() {
             path: path.clone(),
             append: false,
         };
-        let error = Serial::new(&backend, Arc::new(LineLog::default()))
+        let error = Serial::new(backend.clone(), Arc::new(LineLog::default()))
             .err()
             .expect("refused");
         assert!(
@@ -156,7 +156,7 @@ fn files_that_cannot_be_written_are_refused() {
 
 #[test]
 fn what_a_file_refuses_is_lost_and_counted() {
-    let (serial, _) = serial(&SerialBackend::File {
+    let (serial, _) = serial(SerialBackend::File {
         path: "/dev/full".into(),
         append: true,
     });
@@ -166,7 +166,7 @@ fn what_a_file_refuses_is_lost_and_counted() {
 
 #[test]
 fn transmitting_raises_the_interrupt_once_until_it_is_read() {
-    let (serial, line) = serial(&SerialBackend::Null);
+    let (serial, line) = serial(SerialBackend::Null);
     print(&serial, b"x");
     assert_eq!(line.pulses(), 0);
     serial.write(IER, &[2]);
@@ -180,7 +180,7 @@ fn transmitting_raises_the_interrupt_once_until_it_is_read() {
 
 #[test]
 fn reset_forgets_the_registers() {
-    let (serial, _) = serial(&SerialBackend::Null);
+    let (serial, _) = serial(SerialBackend::Null);
     let fresh = serial.save();
     serial.write(LCR, &[0x80]);
     serial.write(DATA, &[1]);
@@ -297,7 +297,7 @@ fn a_socket_path_must_be_free_and_is_free_again_afterwards() {
         0o600
     );
     let backend = SerialBackend::Socket { path: path.clone() };
-    let error = Serial::new(&backend, Arc::new(LineLog::default()))
+    let error = Serial::new(backend.clone(), Arc::new(LineLog::default()))
         .err()
         .expect("refused");
     assert!(
@@ -311,7 +311,7 @@ fn a_socket_path_must_be_free_and_is_free_again_afterwards() {
 
     // A plain file is in the way just as well, and so is a name that is too long.
     fs::write(&path, "mine").expect("a file");
-    let error = Serial::new(&backend, Arc::new(LineLog::default()))
+    let error = Serial::new(backend.clone(), Arc::new(LineLog::default()))
         .err()
         .expect("refused");
     assert!(matches!(error, SerialError::SocketExists { .. }), "{error}");
@@ -319,7 +319,7 @@ fn a_socket_path_must_be_free_and_is_free_again_afterwards() {
     let backend = SerialBackend::Socket {
         path: dir.path().join("x".repeat(200)),
     };
-    let error = Serial::new(&backend, Arc::new(LineLog::default()))
+    let error = Serial::new(backend.clone(), Arc::new(LineLog::default()))
         .err()
         .expect("refused");
     assert!(matches!(error, SerialError::Socket { .. }), "{error}");
@@ -424,7 +424,7 @@ fn unsent_output_reaches_a_file_too() {
     print(&from, b"unsent");
     let dir = tempfile::tempdir().expect("a directory");
     let file = dir.path().join("out");
-    let (to, _) = serial(&SerialBackend::File {
+    let (to, _) = serial(SerialBackend::File {
         path: file.clone(),
         append: false,
     });
@@ -434,7 +434,7 @@ fn unsent_output_reaches_a_file_too() {
 
 #[test]
 fn a_pseudo_terminal_is_raw_and_carries_both_ways() {
-    let (serial, line) = serial(&SerialBackend::Pty);
+    let (serial, line) = serial(SerialBackend::Pty);
     serial.write(IER, &[1]);
     for round in 0..3 {
         // Opened and closed like a terminal program does.
@@ -460,7 +460,7 @@ fn a_pseudo_terminal_is_raw_and_carries_both_ways() {
 
 #[test]
 fn a_pseudo_terminal_without_reader_blocks_nobody() {
-    let (serial, _) = serial(&SerialBackend::Pty);
+    let (serial, _) = serial(SerialBackend::Pty);
     let line = numbers(1 << 10);
     for _ in 0..1 << 10 {
         print(&serial, &line);
@@ -476,8 +476,8 @@ const CHILD: &str = "SERIAL_STDIO_CHILD";
 
 /// The copy: a guest that answers each byte with the next, until `q`.
 fn stdio_child(ending: &str) {
-    let (serial, _) = serial(&SerialBackend::Stdio);
-    let second = Serial::new(&SerialBackend::Stdio, Arc::new(LineLog::default()));
+    let (serial, _) = serial(SerialBackend::Stdio);
+    let second = Serial::new(SerialBackend::Stdio, Arc::new(LineLog::default()));
     assert!(matches!(second.err(), Some(SerialError::StdioBusy)));
     print(&serial, b"<ready>");
     loop {

@@ -14,8 +14,8 @@ use crate::{AcpiPower, Cmos, GuestMemorySize, I8042, Ioapic, Serial, SerialBacke
 fn devices() -> Vec<Arc<dyn Persist>> {
     let power = Arc::new(PowerLog::default());
     vec![
-        Ioapic::new(Arc::new(MsiLog::default())),
-        Arc::new(Serial::new(&SerialBackend::Null, Arc::new(Unconnected)).expect("needs nothing")),
+        Arc::new(Ioapic::new(Arc::new(MsiLog::default()))),
+        Arc::new(Serial::new(SerialBackend::Null, Arc::new(Unconnected)).expect("needs nothing")),
         Arc::new(Cmos::new(GuestMemorySize::default())),
         Arc::new(I8042::new(power.clone())),
         Arc::new(AcpiPower::new(POWER_CONFIG, power, Arc::new(Unconnected))),
@@ -149,7 +149,7 @@ fn refused_field(device: &dyn Persist, saved: &impl Serialize) -> &'static str {
 
 #[test]
 fn impossible_ioapic_values_are_refused() {
-    let device = Ioapic::new(Arc::new(MsiLog::default()));
+    let device = Arc::new(Ioapic::new(Arc::new(MsiLog::default())));
     let good = IoapicState {
         entries: vec![1 << 16; 24],
         ..IoapicState::default()
@@ -209,7 +209,7 @@ fn impossible_ioapic_values_are_refused() {
 
 #[test]
 fn impossible_serial_values_are_refused() {
-    let device = Serial::new(&SerialBackend::Null, Arc::new(Unconnected)).expect("needs nothing");
+    let device = Serial::new(SerialBackend::Null, Arc::new(Unconnected)).expect("needs nothing");
     let good = SerialState {
         interrupt_identification: 1,
         ..SerialState::default()
