@@ -176,7 +176,11 @@ impl Channel {
     }
 
     /// Fills `buffer`.
-    pub(crate) fn read_exact(&self, buffer: &mut [u8], patience: &Patience<'_>) -> Result<(), Stop> {
+    pub(crate) fn read_exact(
+        &self,
+        buffer: &mut [u8],
+        patience: &Patience<'_>,
+    ) -> Result<(), Stop> {
         let mut rest = buffer;
         while !rest.is_empty() {
             match self.read_some(rest).map_err(Stop::Lost)? {
@@ -189,14 +193,22 @@ impl Channel {
     }
 
     /// Sends all of `bytes`. An error tells whether anything at all has left.
-    pub(crate) fn write_all(&self, bytes: &[u8], patience: &Patience<'_>) -> Result<(), WriteError> {
+    pub(crate) fn write_all(
+        &self,
+        bytes: &[u8],
+        patience: &Patience<'_>,
+    ) -> Result<(), WriteError> {
         let mut rest = bytes;
         while !rest.is_empty() {
             let failed = |stop| WriteError {
                 nothing_left: rest.len() == bytes.len(),
                 stop,
             };
-            match rustix::net::send(&self.socket, rest, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
+            match rustix::net::send(
+                &self.socket,
+                rest,
+                SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+            ) {
                 Ok(count) => rest = &rest[count..],
                 Err(rustix::io::Errno::AGAIN) => {
                     self.wait(PollFlags::OUT, patience).map_err(failed)?;
@@ -209,14 +221,22 @@ impl Channel {
     }
 
     /// Sends bytes and guest pages.
-    pub(crate) fn send_pieces(&self, pieces: &[Piece<'_>], patience: &Patience<'_>) -> Result<(), Stop> {
+    pub(crate) fn send_pieces(
+        &self,
+        pieces: &[Piece<'_>],
+        patience: &Patience<'_>,
+    ) -> Result<(), Stop> {
         self.vectored(PollFlags::OUT, patience, |wait| {
             memory::send_vectored(self.socket.as_fd(), pieces, wait)
         })
     }
 
     /// Fills guest pages.
-    pub(crate) fn receive_pages(&self, pages: &[GuestPages<'_>], patience: &Patience<'_>) -> Result<(), Stop> {
+    pub(crate) fn receive_pages(
+        &self,
+        pages: &[GuestPages<'_>],
+        patience: &Patience<'_>,
+    ) -> Result<(), Stop> {
         self.vectored(PollFlags::IN, patience, |wait| {
             memory::recv_vectored(self.socket.as_fd(), pages, wait)
         })
@@ -243,7 +263,11 @@ impl Channel {
     }
 
     /// Sends a message.
-    pub(crate) fn send(&self, message: &Message, patience: &Patience<'_>) -> Result<(), WriteError> {
+    pub(crate) fn send(
+        &self,
+        message: &Message,
+        patience: &Patience<'_>,
+    ) -> Result<(), WriteError> {
         let bytes = message.encode().map_err(|error| WriteError {
             nothing_left: true,
             stop: Stop::Protocol(error),
@@ -274,7 +298,10 @@ impl Channel {
     }
 
     /// Receives a hello's fixed part.
-    pub(crate) fn receive_hello_header(&self, patience: &Patience<'_>) -> Result<HelloHeader, Stop> {
+    pub(crate) fn receive_hello_header(
+        &self,
+        patience: &Patience<'_>,
+    ) -> Result<HelloHeader, Stop> {
         let mut bytes = [0; HelloHeader::SIZE];
         self.read_exact(&mut bytes, patience)?;
         let header = HelloHeader::read_from_bytes(&bytes).expect("exactly its size");

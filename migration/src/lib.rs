@@ -30,10 +30,12 @@
 //!   drivers only carry out what those say.
 
 mod channel;
+mod connect;
 mod control;
 pub mod destination;
 mod error;
 mod listener;
+mod lobby;
 mod machine;
 mod options;
 mod phase;

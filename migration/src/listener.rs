@@ -26,7 +26,10 @@ pub struct Listener {
 #[derive(Debug)]
 enum Socket {
     Tcp(TcpListener),
-    Unix(UnixListener, SocketPath),
+    Unix(
+        UnixListener,
+        #[expect(dead_code, reason = "its drop removes the path")] SocketPath,
+    ),
 }
 
 /// A path that this process has made, with what identifies it.
@@ -60,7 +63,9 @@ impl Listener {
     /// Begins to listen. A unix socket is made with mode 0600; a path that exists is refused, whatever it is.
     pub fn bind(url: &MoveUrl) -> Result<Self, BindError> {
         let failed = |error: io::Error| match (url, error.kind()) {
-            (MoveUrl::Unix { .. }, io::ErrorKind::AddrInUse) => BindError::Exists { url: url.clone() },
+            (MoveUrl::Unix { .. }, io::ErrorKind::AddrInUse) => {
+                BindError::Exists { url: url.clone() }
+            }
             _ => BindError::System {
                 url: url.clone(),
                 error,
@@ -69,7 +74,8 @@ impl Listener {
         match url {
             MoveUrl::Tcp { host, port } => {
                 let addresses = (host.as_str(), *port).to_socket_addrs().map_err(failed)?;
-                let socket = TcpListener::bind(addresses.collect::<Vec<_>>().as_slice()).map_err(failed)?;
+                let socket =
+                    TcpListener::bind(addresses.collect::<Vec<_>>().as_slice()).map_err(failed)?;
                 socket.set_nonblocking(true).map_err(failed)?;
                 let port = socket.local_addr().map_err(failed)?.port();
                 Ok(Self {
@@ -176,7 +182,10 @@ mod tests {
         std::fs::write(&path, "precious").expect("written");
         let error = Listener::bind(&unix(&path)).expect_err("path exists");
         assert!(error.to_string().contains("exists"), "{error}");
-        assert_eq!(std::fs::read_to_string(&path).expect("still there"), "precious");
+        assert_eq!(
+            std::fs::read_to_string(&path).expect("still there"),
+            "precious"
+        );
 
         std::fs::remove_file(&path).expect("removed");
         let listener = Listener::bind(&unix(&path)).expect("free path");

@@ -154,12 +154,7 @@ pub trait SourceMachine: Send {
     /// Makes the next write to the pages whose bit is set in `words` show again, and forgets earlier ones. Bit 0 of the
     /// first word is page `first_page`, a multiple of 64. Called before the pages are read. Bits past the region's
     /// end are not set.
-    fn rearm(
-        &mut self,
-        region: usize,
-        first_page: u64,
-        words: &[u64],
-    ) -> Result<(), MachineError>;
+    fn rearm(&mut self, region: usize, first_page: u64, words: &[u64]) -> Result<(), MachineError>;
     /// Stops the guest. On return no vCPU and no device writes memory, and all they wrote shows in
     /// [`SourceMachine::fetch_dirty`]. A machine that is paused already stays so.
     fn pause(&mut self) -> Result<(), MachineError>;

@@ -26,7 +26,9 @@ pub enum MoveUrl {
 
 /// A text that is no [`MoveUrl`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("\"{url}\" is no migration URL: {reason}; write tcp:HOST:PORT, for example tcp:192.0.2.7:4444 or tcp:[::1]:4444, or unix:PATH")]
+#[error(
+    "\"{url}\" is no migration URL: {reason}; write tcp:HOST:PORT, for example tcp:192.0.2.7:4444 or tcp:[::1]:4444, or unix:PATH"
+)]
 pub struct UrlError {
     url: String,
     reason: &'static str,
@@ -112,7 +114,13 @@ mod tests {
 
     #[test]
     fn urls_survive_a_round_trip() {
-        for url in ["tcp:127.0.0.1:4444", "tcp:host.example:0", "tcp:[::1]:65535", "unix:/run/a b", "unix:rel:ative"] {
+        for url in [
+            "tcp:127.0.0.1:4444",
+            "tcp:host.example:0",
+            "tcp:[::1]:65535",
+            "unix:/run/a b",
+            "unix:rel:ative",
+        ] {
             let parsed: MoveUrl = url.parse().expect(url);
             assert_eq!(parsed.to_string(), url);
         }
@@ -138,6 +146,10 @@ mod tests {
             let error = url.parse::<MoveUrl>().expect_err(url).to_string();
             assert!(error.contains(reason), "{error}");
         }
-        assert!(format!("unix:{}", "x".repeat(108)).parse::<MoveUrl>().is_err());
+        assert!(
+            format!("unix:{}", "x".repeat(108))
+                .parse::<MoveUrl>()
+                .is_err()
+        );
     }
 }

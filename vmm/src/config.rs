@@ -2,7 +2,7 @@
 //! API v1, as far as the features exist here.
 //!
 //! Unknown keys are refused. A key that Cloud Hypervisor knows but that names a feature this version
-//! does not have may be absent, `null`, `false` or empty, so that a client which always sends it
+//! does not have may be absent, `null`, `false`, zero or empty, so that a client which always sends it
 //! keeps working; a value that asks for the feature is refused by name.
 
 use std::path::{Path, PathBuf};
@@ -13,8 +13,6 @@ use serde::{Deserialize, Serialize};
 use memory::{Backing, PAGE_SIZE};
 
 mod absent;
-
-use absent::Absent;
 
 /// A configuration that cannot be used: which field, why, and what to do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -44,7 +42,6 @@ fn field(field: &'static str, problem: impl Into<String>, fix: impl Into<String>
 
 /// Everything a machine is made from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// vCPUs.
     #[serde(default)]
@@ -63,9 +60,6 @@ pub struct VmConfig {
     /// Which hypervisor; the host's own by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<HypervisorKind>,
-    /// Features of Cloud Hypervisor's config that this version does not have.
-    #[serde(flatten)]
-    pub absent: Absent,
 }
 
 /// vCPUs.
@@ -287,8 +281,9 @@ pub const MAX_VCPUS: u32 = 254;
 impl VmConfig {
     /// Parses and checks a config.
     pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
-        let mut config: Self =
-            serde_json::from_slice(json).map_err(|e| ConfigError::Json(e.to_string()))?;
+        let mut json = crate::json::parse(json).map_err(ConfigError::Json)?;
+        absent::strip(&mut json)?;
+        let mut config: Self = crate::json::from_value(json).map_err(ConfigError::Json)?;
         config.normalise();
         config.validate()?;
         Ok(config)
@@ -333,7 +328,10 @@ impl VmConfig {
             if product != u64::from(cpus.max_vcpus) {
                 return Err(field(
                     "cpus.topology",
-                    format!("describes {product} vCPUs, but max_vcpus is {}", cpus.max_vcpus),
+                    format!(
+                        "describes {product} vCPUs, but max_vcpus is {}",
+                        cpus.max_vcpus
+                    ),
                     "make the product of its four numbers equal to max_vcpus",
                 ));
             }
@@ -354,13 +352,17 @@ impl VmConfig {
                 "use Off, and the serial port instead",
             ));
         }
-        self.absent.validate()
+        Ok(())
     }
 
     fn validate_memory(&self) -> Result<(), ConfigError> {
         let memory = &self.memory;
         if memory.size == 0 {
-            return Err(field("memory.size", "0 bytes", "give the size in bytes, e.g. 1073741824"));
+            return Err(field(
+                "memory.size",
+                "0 bytes",
+                "give the size in bytes, e.g. 1073741824",
+            ));
         }
         if !memory.size.is_multiple_of(PAGE_SIZE) {
             return Err(field(
@@ -404,3 +406,6 @@ impl VmConfig {
             .ok_or_else(|| field("payload.kernel", "missing", "name a kernel image"))
     }
 }
+
+#[cfg(test)]
+mod tests;

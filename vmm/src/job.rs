@@ -108,7 +108,9 @@ pub struct Jobs(Arc<Mutex<Table>>);
 impl Jobs {
     fn table(&self) -> MutexGuard<'_, Table> {
         // The table is left consistent by every method, so a poisoned lock is still good.
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.0
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Adds a running job.
@@ -163,7 +165,11 @@ impl Jobs {
 
     /// All jobs, oldest first.
     pub fn list(&self) -> Vec<JobInfo> {
-        self.table().jobs.iter().map(|(&id, job)| job.info(id)).collect()
+        self.table()
+            .jobs
+            .iter()
+            .map(|(&id, job)| job.info(id))
+            .collect()
     }
 
     /// One job.

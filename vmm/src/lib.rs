@@ -14,5 +14,6 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod job;
+mod json;
 pub mod machine;
 pub mod service;

@@ -223,10 +223,7 @@ pub struct Service {
 }
 
 impl Service {
-    pub(crate) fn new(
-        sender: mpsc::Sender<crate::machine::Event>,
-        jobs: crate::job::Jobs,
-    ) -> Self {
+    pub(crate) fn new(sender: mpsc::Sender<crate::machine::Event>, jobs: crate::job::Jobs) -> Self {
         Self { sender, jobs }
     }
 
@@ -236,7 +233,9 @@ impl Service {
         if let Err(mpsc::SendError(Event::Request(_, reply_to))) =
             self.sender.send(Event::Request(request, reply_to))
         {
-            reply_to(Err(ServiceError::wrong_state("the vmm process is shutting down")));
+            reply_to(Err(ServiceError::wrong_state(
+                "the vmm process is shutting down",
+            )));
         }
     }
 
@@ -250,9 +249,11 @@ impl Service {
                 let _ = sender.send(reply);
             }),
         );
-        receiver
-            .recv()
-            .unwrap_or_else(|_| Err(ServiceError::wrong_state("the vmm process is shutting down")))
+        receiver.recv().unwrap_or_else(|_| {
+            Err(ServiceError::wrong_state(
+                "the vmm process is shutting down",
+            ))
+        })
     }
 
     /// The jobs, which can be looked at without asking the machine's thread.

@@ -127,7 +127,13 @@ fn writes_in_ring_3_are_seen_too() {
             kick.kick();
             runner.join().expect("runner");
         });
-        assert_eq!(set(&fetch(&guest)), BTreeSet::from([0x50, 0x60]));
+        let seen = set(&fetch(&guest));
+        assert!(seen.is_superset(&BTreeSet::from([0x50, 0x60])), "{seen:?}");
+        // With shadow paging KVM marks a page when it maps it writable, here the code's.
+        assert!(
+            seen.is_subset(&BTreeSet::from([CODE / 4096, 0x50, 0x60])),
+            "{seen:?}"
+        );
     }
 }
 

@@ -8,22 +8,22 @@ use arch::x86_64::state::{Segment, VcpuState};
 use hypervisor::{ExitBus, Hypervisor, MemorySlot, Vcpu, VcpuExit, VcpuKick, Vm, VmOptions};
 
 /// Bytes of guest memory, from address 0 on.
-pub const RAM: u64 = 2 << 20;
+pub(crate) const RAM: u64 = 2 << 20;
 /// Where the code lies.
-pub const CODE: u64 = 0x1000;
+pub(crate) const CODE: u64 = 0x1000;
 /// Where a guest leaves results.
-pub const DATA: u64 = 0x2000;
+pub(crate) const DATA: u64 = 0x2000;
 /// Writing to this port ends [`Guest::run`].
-pub const STOP_PORT: u16 = 0xf4;
+pub(crate) const STOP_PORT: u16 = 0xf4;
 /// 64-bit code that writes to [`STOP_PORT`] and goes on behind.
-pub const STOP64: [u8; 6] = [0xba, 0xf4, 0, 0, 0, 0xee];
+pub(crate) const STOP64: [u8; 6] = [0xba, 0xf4, 0, 0, 0, 0xee];
 /// 16-bit code that writes to [`STOP_PORT`] and goes on behind.
-pub const STOP16: [u8; 4] = [0xba, 0xf4, 0, 0xee];
+pub(crate) const STOP16: [u8; 4] = [0xba, 0xf4, 0, 0xee];
 /// An endless loop, in any mode.
-pub const SPIN: [u8; 2] = [0xeb, 0xfe];
+pub(crate) const SPIN: [u8; 2] = [0xeb, 0xfe];
 
 /// KVM, or a printed reason why there is none.
-pub fn kvm() -> Option<Box<dyn Hypervisor>> {
+pub(crate) fn kvm() -> Option<Box<dyn Hypervisor>> {
     match hypervisor::open_default() {
         Ok(kvm) => Some(kvm),
         Err(error) => {
@@ -34,7 +34,7 @@ pub fn kvm() -> Option<Box<dyn Hypervisor>> {
 }
 
 /// Memory of this process that a guest uses.
-pub struct Ram {
+pub(crate) struct Ram {
     start: *mut u8,
     len: usize,
 }
@@ -45,7 +45,7 @@ unsafe impl Sync for Ram {}
 unsafe impl Send for Ram {}
 
 impl Ram {
-    pub fn new(len: u64) -> Self {
+    pub(crate) fn new(len: u64) -> Self {
         let len = len as usize;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a fresh anonymous mapping.
@@ -66,7 +66,7 @@ impl Ram {
         }
     }
 
-    pub fn slot(&self, slot: u32, gpa: u64) -> MemorySlot {
+    pub(crate) fn slot(&self, slot: u32, gpa: u64) -> MemorySlot {
         MemorySlot {
             slot,
             gpa,
@@ -76,7 +76,7 @@ impl Ram {
         }
     }
 
-    pub fn write(&self, at: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) {
         assert!(at as usize + bytes.len() <= self.len);
         for (i, byte) in bytes.iter().enumerate() {
             // SAFETY: inside the mapping, as just checked.
@@ -84,17 +84,17 @@ impl Ram {
         }
     }
 
-    pub fn read<const N: usize>(&self, at: u64) -> [u8; N] {
+    pub(crate) fn read<const N: usize>(&self, at: u64) -> [u8; N] {
         assert!(at as usize + N <= self.len);
         // SAFETY: inside the mapping, as just checked.
         std::array::from_fn(|i| unsafe { self.start.add(at as usize + i).read_volatile() })
     }
 
-    pub fn read_u64(&self, at: u64) -> u64 {
+    pub(crate) fn read_u64(&self, at: u64) -> u64 {
         u64::from_le_bytes(self.read(at))
     }
 
-    pub fn read_u32(&self, at: u64) -> u32 {
+    pub(crate) fn read_u32(&self, at: u64) -> u32 {
         u32::from_le_bytes(self.read(at))
     }
 }
@@ -108,7 +108,7 @@ impl Drop for Ram {
 
 /// What a guest did.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Access {
+pub(crate) enum Access {
     In(u16, usize),
     Out(u16, Vec<u8>),
     Read(u64, usize),
@@ -116,15 +116,15 @@ pub enum Access {
     EndOfInterrupt(u8),
 }
 
-/// Notes every access, answers reads from a table, and kicks the vCPU at [`STOP_PORT`].
-pub struct Bus {
+/// Notes every access, answers reads from a table, and kicks the vCPU at [`STOP_PORT`] and at an end of interrupt.
+pub(crate) struct Bus {
     pub log: Mutex<Vec<Access>>,
     pub answers: Mutex<HashMap<u64, u64>>,
     pub kick: Arc<dyn VcpuKick>,
 }
 
 impl Bus {
-    pub fn new(vcpu: &dyn Vcpu) -> Self {
+    pub(crate) fn new(vcpu: &dyn Vcpu) -> Self {
         Self {
             log: Mutex::default(),
             answers: Mutex::default(),
@@ -142,7 +142,7 @@ impl Bus {
         }
     }
 
-    pub fn take(&self) -> Vec<Access> {
+    pub(crate) fn take(&self) -> Vec<Access> {
         std::mem::take(&mut self.log.lock().unwrap())
     }
 }
@@ -172,11 +172,12 @@ impl ExitBus for Bus {
 
     fn end_of_interrupt(&self, vector: u8) {
         self.note(Access::EndOfInterrupt(vector));
+        self.kick.kick();
     }
 }
 
 /// The machine. Its memory goes last.
-pub struct Guest {
+pub(crate) struct Guest {
     pub vcpu: Box<dyn Vcpu>,
     pub bus: Bus,
     pub vm: Arc<dyn Vm>,
@@ -186,7 +187,7 @@ pub struct Guest {
 
 impl Guest {
     /// A machine with memory and a vCPU as after reset.
-    pub fn new(kvm: &dyn Hypervisor) -> Self {
+    pub(crate) fn new(kvm: &dyn Hypervisor) -> Self {
         let vm = kvm
             .create_vm(&VmOptions { ioapic_pins: 24 })
             .expect("create a machine");
@@ -207,14 +208,14 @@ impl Guest {
     }
 
     /// Changes the vCPU's state.
-    pub fn change(&mut self, change: impl FnOnce(&mut VcpuState)) {
+    pub(crate) fn change(&mut self, change: impl FnOnce(&mut VcpuState)) {
         let mut state = self.vcpu.save_state().expect("save");
         change(&mut state);
         self.vcpu.restore_state(&state).expect("restore");
     }
 
     /// 16-bit code, all segments at 0.
-    pub fn real_mode(kvm: &dyn Hypervisor, code: &[u8]) -> Self {
+    pub(crate) fn real_mode(kvm: &dyn Hypervisor, code: &[u8]) -> Self {
         let mut guest = Self::new(kvm);
         guest.ram.write(CODE, code);
         guest.change(|state| {
@@ -228,7 +229,7 @@ impl Guest {
     }
 
     /// 64-bit code in ring 0; the first GiB is mapped one to one.
-    pub fn long_mode(kvm: &dyn Hypervisor, code: &[u8]) -> Self {
+    pub(crate) fn long_mode(kvm: &dyn Hypervisor, code: &[u8]) -> Self {
         let mut guest = Self::new(kvm);
         guest.ram.write(CODE, code);
         guest.enter_long_mode(0);
@@ -236,7 +237,7 @@ impl Guest {
     }
 
     /// 64-bit code in ring 3.
-    pub fn user_mode(kvm: &dyn Hypervisor, code: &[u8]) -> Self {
+    pub(crate) fn user_mode(kvm: &dyn Hypervisor, code: &[u8]) -> Self {
         let mut guest = Self::new(kvm);
         guest.ram.write(CODE, code);
         guest.enter_long_mode(3);
@@ -277,14 +278,14 @@ impl Guest {
     }
 
     /// Runs until the guest writes to [`STOP_PORT`].
-    pub fn run(&mut self) {
+    pub(crate) fn run(&mut self) {
         let exit = self.vcpu.run(&self.bus).expect("run");
         assert!(matches!(exit, VcpuExit::Interrupted), "{exit:?}");
     }
 }
 
 /// What the guest is shown: all that the host supports, with APIC id 0.
-pub fn cpuid(kvm: &dyn Hypervisor) -> Cpuid {
+pub(crate) fn cpuid(kvm: &dyn Hypervisor) -> Cpuid {
     let mut cpuid = kvm.supported_cpuid().expect("supported CPUID");
     for entry in &mut cpuid.entries {
         match entry.leaf {
@@ -297,6 +298,6 @@ pub fn cpuid(kvm: &dyn Hypervisor) -> Cpuid {
 }
 
 /// Joins pieces of code.
-pub fn code(pieces: &[&[u8]]) -> Vec<u8> {
+pub(crate) fn code(pieces: &[&[u8]]) -> Vec<u8> {
     pieces.concat()
 }

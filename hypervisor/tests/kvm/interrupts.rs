@@ -22,14 +22,14 @@ fn event() -> EventFd {
     EventFd::new(EFD_NONBLOCK).expect("eventfd")
 }
 
-/// A real-mode guest that spins with interrupts on; each interrupt counts at 0x2000, is acknowledged, and stops the run.
-fn counting_guest(kvm: &dyn hypervisor::Hypervisor) -> Guest {
+/// A real-mode guest that spins with interrupts on; each interrupt counts at 0x2000, is acknowledged, and does `then`.
+fn counting_guest(kvm: &dyn hypervisor::Hypervisor, then: &[u8]) -> Guest {
     let mut guest = Guest::real_mode(kvm, &code(&[&[0xfb], &SPIN])); // sti
     let handler = code(&[
         &[0x50, 0x52],                                     // push ax; push dx
         &[0xff, 0x06, 0x00, 0x20],                         // inc word [0x2000]
         &[0x64, 0x66, 0xc7, 0x06, 0xb0, 0x00, 0, 0, 0, 0], // mov dword fs:[0xb0], 0: end of interrupt
-        &STOP16,
+        then,
         &[0x5a, 0x58, 0xcf], // pop dx; pop ax; iret
     ]);
     guest.ram.write(0x1100, &handler);
@@ -52,7 +52,7 @@ fn counting_guest(kvm: &dyn hypervisor::Hypervisor) -> Guest {
 #[test]
 fn messages_and_irqfds_interrupt_the_guest() {
     let Some(kvm) = kvm() else { return };
-    let mut guest = counting_guest(&*kvm);
+    let mut guest = counting_guest(&*kvm, &STOP16);
     guest.vm.signal_msi(msi(0x40)).expect("signal");
     guest.run();
     assert_eq!(guest.ram.read::<2>(DATA), [1, 0]);
@@ -87,7 +87,7 @@ fn messages_and_irqfds_interrupt_the_guest() {
 #[test]
 fn the_end_of_a_level_triggered_interrupt_of_the_ioapic_is_reported() {
     let Some(kvm) = kvm() else { return };
-    let mut guest = counting_guest(&*kvm);
+    let mut guest = counting_guest(&*kvm, &[]);
     let message = msi(0x42 | LEVEL);
     guest
         .vm

@@ -56,6 +56,17 @@ fn cpuid_is_kept_as_given() {
         kept.get(0, 0).expect("leaf 0").ebx,
         u32::from_le_bytes(*b"Test")
     );
+    let missing: Vec<_> = given
+        .entries
+        .iter()
+        .filter(|e| kept.get(e.leaf, e.subleaf.unwrap_or(0)).is_none())
+        .collect();
+    let surplus: Vec<_> = kept
+        .entries
+        .iter()
+        .filter(|e| given.get(e.leaf, e.subleaf.unwrap_or(0)).is_none())
+        .collect();
+    println!("missing {missing:x?} surplus {surplus:x?}");
     assert_eq!(kept.entries.len(), given.entries.len());
     given.entries.resize(300, given.entries[0]);
     assert!(guest.vcpu.set_cpuid(&given).is_err(), "too many entries");
@@ -163,7 +174,7 @@ fn the_clock_goes_on_from_where_it_was_read() {
 #[test]
 fn memory_behind_the_guests_that_cannot_be_accessed_is_a_fault() {
     let Some(kvm) = kvm() else { return };
-    let mut guest = Guest::long_mode(&*kvm, &[0xc6, 0x04, 0x25, 0, 0, 0x40, 0, 1]); // mov byte [0x40_0000], 1
+    let mut guest = Guest::user_mode(&*kvm, &[0xc6, 0x04, 0x25, 0, 0, 0x40, 0, 1]); // mov byte [0x40_0000], 1
     let slot = MemorySlot {
         slot: 1,
         gpa: 0x40_0000,

@@ -1,12 +1,15 @@
-//! placeholder
-use crate::*;
-/// Takes a machine in.
-pub fn receive(
-    listener: &Listener,
-    machine: &mut dyn DestinationMachine,
-    options: &ReceiveOptions,
-    control: &MoveControl,
-) -> Result<ReceiveReport, ReceiveError> {
-    let _ = (listener, machine, options, control);
-    Err(ReceiveError { phase: Phase::Connect, cause: Cause::Cancelled })
-}
+//! The side that a guest comes to.
+//!
+//! ```text
+//!   driver ──── Action ◄──── engine       what comes next, and whether the guest may run (no I/O)
+//!     │  └────── Event ─────►  │
+//!     └── pages                           batches of runs, checked, straight into guest memory
+//! ```
+//!
+//! [`receive`] leaves a machine that runs (or is paused, if it was) on success, and nothing at all on failure.
+
+mod driver;
+pub mod engine;
+mod pages;
+
+pub use driver::receive;

@@ -114,7 +114,11 @@ impl BatchHeader {
             })
         };
         if self.magic.get() != BATCH_MAGIC {
-            return wrong("magic", self.magic.get().into(), "it is not the start of a batch");
+            return wrong(
+                "magic",
+                self.magic.get().into(),
+                "it is not the start of a batch",
+            );
         }
         if self.round.get() != round {
             return Err(ProtocolError::Mismatch {
@@ -253,8 +257,14 @@ mod tests {
     use super::*;
 
     const RANGES: [RamRange; 2] = [
-        RamRange { gpa: 0, len: 64 * PAGE_SIZE },
-        RamRange { gpa: 1 << 32, len: 16 * PAGE_SIZE },
+        RamRange {
+            gpa: 0,
+            len: 64 * PAGE_SIZE,
+        },
+        RamRange {
+            gpa: 1 << 32,
+            len: 16 * PAGE_SIZE,
+        },
     ];
 
     fn placed(table: &[RunDescriptor], payload: u64) -> Result<Vec<PlacedRun>, ProtocolError> {
@@ -270,8 +280,24 @@ mod tests {
             RunDescriptor::new(1 << 32, 16, ENCODING_ZERO),
         ];
         let runs = placed(&table, PAGE_SIZE).expect("valid");
-        assert_eq!(runs[0], PlacedRun { region: 0, first_page: 63, pages: 1, zero: false });
-        assert_eq!(runs[1], PlacedRun { region: 1, first_page: 0, pages: 16, zero: true });
+        assert_eq!(
+            runs[0],
+            PlacedRun {
+                region: 0,
+                first_page: 63,
+                pages: 1,
+                zero: false
+            }
+        );
+        assert_eq!(
+            runs[1],
+            PlacedRun {
+                region: 1,
+                first_page: 0,
+                pages: 16,
+                zero: true
+            }
+        );
     }
 
     #[test]
@@ -279,8 +305,20 @@ mod tests {
         for (gpa, pages, encoding, payload, part) in [
             (64 * PAGE_SIZE, 1, ENCODING_RAW, PAGE_SIZE, "0x40000"),
             (63 * PAGE_SIZE, 2, ENCODING_RAW, 2 * PAGE_SIZE, "0x3f000"),
-            ((1 << 32) + 15 * PAGE_SIZE, 2, ENCODING_ZERO, 0, "0x10000f000"),
-            (u64::MAX - PAGE_SIZE + 1, 1, ENCODING_RAW, PAGE_SIZE, "0xfffffffffffff000"),
+            (
+                (1 << 32) + 15 * PAGE_SIZE,
+                2,
+                ENCODING_ZERO,
+                0,
+                "0x10000f000",
+            ),
+            (
+                u64::MAX - PAGE_SIZE + 1,
+                1,
+                ENCODING_RAW,
+                PAGE_SIZE,
+                "0xfffffffffffff000",
+            ),
             (0, u32::MAX, ENCODING_ZERO, 0, "4294967295"),
             (123, 1, ENCODING_RAW, PAGE_SIZE, "0x7b"),
             (0, 0, ENCODING_RAW, 0, "empty"),
@@ -288,7 +326,8 @@ mod tests {
             (0, 1, ENCODING_RAW, 0, "payload length"),
             (0, 1, ENCODING_ZERO, PAGE_SIZE, "payload length"),
         ] {
-            let error = placed(&[RunDescriptor::new(gpa, pages, encoding)], payload).expect_err(part);
+            let error =
+                placed(&[RunDescriptor::new(gpa, pages, encoding)], payload).expect_err(part);
             assert!(error.to_string().contains(part), "{error}");
         }
     }
@@ -296,14 +335,38 @@ mod tests {
     #[test]
     fn headers_are_checked() {
         assert_eq!(BatchHeader::round_end(3).check(3), Ok(Announced::RoundEnd));
-        assert_eq!(BatchHeader::pages(3, 5, 0).check(3), Ok(Announced::Pages { runs: 5 }));
+        assert_eq!(
+            BatchHeader::pages(3, 5, 0).check(3),
+            Ok(Announced::Pages { runs: 5 })
+        );
         assert!(BatchHeader::pages(2, 5, 0).check(3).is_err());
         assert!(BatchHeader::pages(3, 0, 0).check(3).is_err());
         assert!(BatchHeader::pages(3, MAX_RUNS + 1, 0).check(3).is_err());
         assert!(BatchHeader::pages(3, 1, MAX_PAYLOAD + 1).check(3).is_err());
-        assert!(BatchHeader { runs: 1.into(), ..BatchHeader::round_end(3) }.check(3).is_err());
-        assert!(BatchHeader { kind: 9.into(), ..BatchHeader::round_end(3) }.check(3).is_err());
-        assert!(BatchHeader { magic: 9.into(), ..BatchHeader::round_end(3) }.check(3).is_err());
+        assert!(
+            BatchHeader {
+                runs: 1.into(),
+                ..BatchHeader::round_end(3)
+            }
+            .check(3)
+            .is_err()
+        );
+        assert!(
+            BatchHeader {
+                kind: 9.into(),
+                ..BatchHeader::round_end(3)
+            }
+            .check(3)
+            .is_err()
+        );
+        assert!(
+            BatchHeader {
+                magic: 9.into(),
+                ..BatchHeader::round_end(3)
+            }
+            .check(3)
+            .is_err()
+        );
     }
 
     proptest! {

@@ -136,7 +136,10 @@ mod tests {
                 (Ok(found), Some(common)) => assert_eq!(found, common),
                 (Err(error), None) => {
                     let text = error.to_string();
-                    assert!(text.contains(&a.to_string()) && text.contains(&b.to_string()), "{text}");
+                    assert!(
+                        text.contains(&a.to_string()) && text.contains(&b.to_string()),
+                        "{text}"
+                    );
                 }
                 other => panic!("{a} and {b}: {other:?}"),
             }
@@ -159,7 +162,11 @@ mod tests {
             novelty: Vec<u8>,
             vmm_version: &'static str,
         }
-        let newer = rmp_serde::to_vec_named(&Newer { novelty: vec![1], vmm_version: "9" }).expect("encoded");
+        let newer = rmp_serde::to_vec_named(&Newer {
+            novelty: vec![1],
+            vmm_version: "9",
+        })
+        .expect("encoded");
         assert_eq!(decode_body(&newer).expect("tolerant").vmm_version, "9");
     }
 

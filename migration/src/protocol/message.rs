@@ -1,7 +1,7 @@
 //! Control messages: a fixed header with kind and length, then msgpack with field names.
 
-use serde::{Deserialize, Serialize};
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -259,23 +259,45 @@ mod tests {
 
     fn one_of_each() -> Vec<Message> {
         vec![
-            Message::Manifest(Box::new(Manifest { vcpus: 3, config: "{}".into(), ..Manifest::default() })),
-            Message::Accept(Accept { session: [7; 16], data_channels: 1 }),
-            Message::Refuse(Refuse { reasons: vec![Refusal::new(RefusalKind::Cpu, "no AVX")] }),
-            Message::RoundDone(RoundDone { round: 3, bytes: 1 << 40 }),
+            Message::Manifest(Box::new(Manifest {
+                vcpus: 3,
+                config: "{}".into(),
+                ..Manifest::default()
+            })),
+            Message::Accept(Accept {
+                session: [7; 16],
+                data_channels: 1,
+            }),
+            Message::Refuse(Refuse {
+                reasons: vec![Refusal::new(RefusalKind::Cpu, "no AVX")],
+            }),
+            Message::RoundDone(RoundDone {
+                round: 3,
+                bytes: 1 << 40,
+            }),
             Message::State(Box::new(State {
                 last_round: 4,
                 machine: MachineState {
                     run_state: RunState::Paused,
-                    vcpus: vec![VcpuState { xsave: Some(Bytes(vec![1; 2696])), ..VcpuState::default() }],
-                    devices: vec![DeviceState { id: "serial0".into(), kind: "16550".into(), version: 1, data: Bytes(vec![1, 2]) }],
+                    vcpus: vec![VcpuState {
+                        xsave: Some(Bytes(vec![1; 2696])),
+                        ..VcpuState::default()
+                    }],
+                    devices: vec![DeviceState {
+                        id: "serial0".into(),
+                        kind: "16550".into(),
+                        version: 1,
+                        data: Bytes(vec![1, 2]),
+                    }],
                     ..MachineState::default()
                 },
             })),
             Message::Ready,
             Message::Commit,
             Message::Resumed,
-            Message::Abort(Abort { reason: "enough".into() }),
+            Message::Abort(Abort {
+                reason: "enough".into(),
+            }),
         ]
     }
 
@@ -285,7 +307,11 @@ mod tests {
         assert_eq!(messages.len(), Kind::TABLE.len());
         for (message, row) in messages.into_iter().zip(Kind::TABLE) {
             assert_eq!(message.kind(), row.0);
-            assert_eq!(message.kind().row().0, row.0, "the table is in the order of the enum");
+            assert_eq!(
+                message.kind().row().0,
+                row.0,
+                "the table is in the order of the enum"
+            );
             let bytes = message.encode().expect("short enough");
             let (header, body) = FrameHeader::read_from_prefix(&bytes).expect("long enough");
             let Ok(Announced::Message(kind, length)) = header.check() else {
@@ -308,7 +334,10 @@ mod tests {
             let error = header(number, 0, limit + 1).check().expect_err("too long");
             assert!(error.to_string().contains(name), "{error}");
         }
-        assert_eq!(header(99, 0, 0).check(), Err(ProtocolError::UnknownKind { kind: 99 }));
+        assert_eq!(
+            header(99, 0, 0).check(),
+            Err(ProtocolError::UnknownKind { kind: 99 })
+        );
         assert_eq!(header(99, OPTIONAL, 5).check(), Ok(Announced::Skip(5)));
         assert!(header(99, OPTIONAL, u32::MAX).check().is_err());
     }

@@ -82,7 +82,9 @@ pub enum ProtocolError {
         found: [u8; 8],
     },
     /// No protocol version is common to both.
-    #[error("no common protocol version: this side speaks {ours}, the other {theirs}; use builds that are closer")]
+    #[error(
+        "no common protocol version: this side speaks {ours}, the other {theirs}; use builds that are closer"
+    )]
     Versions {
         /// This side's.
         ours: VersionRange,

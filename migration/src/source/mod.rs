@@ -1,12 +1,18 @@
-//! placeholder
-use crate::*;
-/// Moves a machine away.
-pub fn send(
-    url: &MoveUrl,
-    machine: &mut dyn SourceMachine,
-    options: &SendOptions,
-    control: &MoveControl,
-) -> Result<SendReport, SendError> {
-    let _ = (url, machine, options, control);
-    Err(SendError { phase: Phase::Connect, cause: Cause::Cancelled, outcome: SourceOutcome::RunningHere })
-}
+//! The side that a guest leaves.
+//!
+//! ```text
+//!   driver ──── Action ◄──── engine       what comes next, and who owns the guest (no I/O)
+//!     │  └────── Event ─────►  │
+//!     │                        └── convergence   another round, pause, or give up (no I/O)
+//!     └── round                          one round: re-arm, find zeros, send runs
+//! ```
+//!
+//! [`send`] leaves the machine paused for good on success, and as it was on failure; the one exception,
+//! [`SourceOutcome::InDoubt`](crate::SourceOutcome::InDoubt), is explained in [`crate::protocol`].
+
+pub mod convergence;
+mod driver;
+pub mod engine;
+mod round;
+
+pub use driver::send;

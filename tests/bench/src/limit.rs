@@ -26,7 +26,12 @@ impl Memory {
     fn new(len: usize) -> Result<Self> {
         // SAFETY: a new anonymous mapping, of which only `Memory` knows.
         let start = unsafe {
-            mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
+            mmap_anonymous(
+                ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )?
         };
         // SAFETY: the mapping just made.
         unsafe { madvise(start, len, Advice::LinuxHugepage)? };
@@ -76,7 +81,10 @@ pub(crate) fn copied(mib: u64) -> Result<Value> {
     }
     stream.read_exact(&mut [0])?;
     let elapsed = begin.elapsed();
-    receiver.join().ok().context("the receiving thread panicked")??;
+    receiver
+        .join()
+        .ok()
+        .context("the receiving thread panicked")??;
     Ok(json!({
         "total_ms": elapsed.as_secs_f64() * 1000.0,
         "bytes_per_s": len as f64 / elapsed.as_secs_f64(),
@@ -102,7 +110,11 @@ pub(crate) fn run(options: Common) -> Result<()> {
         println!("{result}");
     } else {
         println!("{mib} MiB over TCP loopback into fresh huge pages:");
-        println!("{} ms, {} bytes/s", cell(&result["limit"]["total_ms"]), cell(&result["limit"]["bytes_per_s"]));
+        println!(
+            "{} ms, {} bytes/s",
+            cell(&result["limit"]["total_ms"]),
+            cell(&result["limit"]["bytes_per_s"])
+        );
     }
     Ok(())
 }

@@ -10,7 +10,12 @@ use serde_json::{Value, json};
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Moves a guest once and returns `total_ms`, `downtime_ms`, `bytes_per_s`, `bytes_sent`, `rounds`.
-pub(crate) fn moved(folder: &Folder, kernel: &std::path::Path, mib: u64, cmdline: &str) -> Result<Value> {
+pub(crate) fn moved(
+    folder: &Folder,
+    kernel: &std::path::Path,
+    mib: u64,
+    cmdline: &str,
+) -> Result<Value> {
     let source = Vmm::serve(folder, "source")?;
     let destination = Vmm::serve(folder, "destination")?;
     source.boot(json!({
@@ -21,11 +26,15 @@ pub(crate) fn moved(folder: &Folder, kernel: &std::path::Path, mib: u64, cmdline
     console.line("memory: ready", LIMIT)?;
     std::thread::sleep(Duration::from_millis(300));
     let (arriving, url) = destination.receive("tcp:127.0.0.1:0")?;
-    let leaving = source.api().start("vm.send-migration", &json!({"destination_url": url}))?;
+    let leaving = source
+        .api()
+        .start("vm.send-migration", &json!({"destination_url": url}))?;
     let job = source.api().wait_job(leaving, LIMIT)?;
     ensure!(job["status"] == "succeeded", "the move failed: {job}");
     destination.api().wait_job(arriving, LIMIT)?;
-    let total_ms = job["elapsed_ms"].as_f64().context("the job has no elapsed_ms")?;
+    let total_ms = job["elapsed_ms"]
+        .as_f64()
+        .context("the job has no elapsed_ms")?;
     Ok(json!({
         "total_ms": total_ms,
         "downtime_ms": job["downtime_ms"],

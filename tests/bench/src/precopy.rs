@@ -27,10 +27,16 @@ pub(crate) fn run(options: Options) -> Result<()> {
     let kernel = folder.write("memory.elf", guests::MEMORY)?;
     let peer = qemu::version();
     let cases = [
-        ("idle", "working_set_mib=max rate=0 verify=off report_ms=0".to_owned()),
+        (
+            "idle",
+            "working_set_mib=max rate=0 verify=off report_ms=0".to_owned(),
+        ),
         (
             "hot",
-            format!("working_set_mib=max hot_mib={} rate=max verify=off report_ms=0", options.hot_mib),
+            format!(
+                "working_set_mib=max hot_mib={} rate=max verify=off report_ms=0",
+                options.hot_mib
+            ),
         ),
     ];
     let mut runs: Vec<Vec<Value>> = vec![Vec::new(); cases.len()];
@@ -49,7 +55,14 @@ pub(crate) fn run(options: Options) -> Result<()> {
     if !options.common.json {
         println!(
             "{:<6} {:>12} {:>12} {:>8} {:>14} {:>14} {:>8} {:>12}",
-            "case", "ours ms", "QEMU ms", "ratio", "ours down ms", "QEMU down ms", "ratio", "limit ms"
+            "case",
+            "ours ms",
+            "QEMU ms",
+            "ratio",
+            "ours down ms",
+            "QEMU down ms",
+            "ratio",
+            "limit ms"
         );
     }
     for ((name, _), runs) in cases.iter().zip(runs) {
@@ -61,7 +74,10 @@ pub(crate) fn run(options: Options) -> Result<()> {
             })
         };
         let compared = |field: &str| {
-            rounded(ratio(median_of(&runs, "ours", field), median_of(&runs, "qemu", field)))
+            rounded(ratio(
+                median_of(&runs, "ours", field),
+                median_of(&runs, "qemu", field),
+            ))
         };
         let result = json!({
             "case": name,

@@ -40,21 +40,47 @@ pub(crate) struct Qemu {
 
 impl Qemu {
     /// Starts a microvm of this size; `extra` is appended. Standard output is piped when `serial` is `stdio`.
-    pub(crate) fn start(kernel: &Path, mib: u64, cmdline: &str, serial: &str, extra: &[&str]) -> Result<Self> {
+    pub(crate) fn start(
+        kernel: &Path,
+        mib: u64,
+        cmdline: &str,
+        serial: &str,
+        extra: &[&str],
+    ) -> Result<Self> {
         let mut command = Command::new(PROGRAM);
         command
-            .args(["-accel", "kvm", "-M", "microvm", "-nodefaults", "-display", "none", "-no-user-config"])
-            .args(["-m", &format!("{mib}M"), "-serial", serial, "-append", cmdline])
+            .args([
+                "-accel",
+                "kvm",
+                "-M",
+                "microvm",
+                "-nodefaults",
+                "-display",
+                "none",
+                "-no-user-config",
+            ])
+            .args([
+                "-m",
+                &format!("{mib}M"),
+                "-serial",
+                serial,
+                "-append",
+                cmdline,
+            ])
             .arg("-kernel")
             .arg(kernel)
             .args(extra)
             .stdin(Stdio::null())
             .stderr(Stdio::null())
-            .stdout(if serial == "stdio" { Stdio::piped() } else { Stdio::null() });
-        let child = command.spawn().with_context(|| format!("cannot start {PROGRAM}"))?;
-        Ok(Self {
-            child,
-        })
+            .stdout(if serial == "stdio" {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            });
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {PROGRAM}"))?;
+        Ok(Self { child })
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -64,7 +90,9 @@ impl Qemu {
     /// Waits for the first byte of output.
     pub(crate) fn first_byte(&mut self) -> Result<()> {
         let stdout = self.child.stdout.as_mut().context("no output to read")?;
-        stdout.read_exact(&mut [0]).context("QEMU ended without output")
+        stdout
+            .read_exact(&mut [0])
+            .context("QEMU ended without output")
     }
 }
 
@@ -103,7 +131,10 @@ impl Qmp {
 
     fn read(&mut self) -> Result<Value> {
         let mut line = String::new();
-        ensure!(self.reader.read_line(&mut line)? > 0, "QEMU closed its monitor");
+        ensure!(
+            self.reader.read_line(&mut line)? > 0,
+            "QEMU closed its monitor"
+        );
         Ok(serde_json::from_str(&line)?)
     }
 
@@ -131,8 +162,13 @@ pub(crate) fn moved(folder: &Folder, kernel: &Path, mib: u64, cmdline: &str) -> 
     let serial_arg = format!("unix:{},server=on,wait=off", serial.display());
     let _source = Qemu::start(kernel, mib, cmdline, &serial_arg, &["-qmp", &monitor_arg])?;
     let mut console = Console::connect(&serial)?;
-    let _destination =
-        Qemu::start(kernel, mib, cmdline, "null", &["-qmp", &monitor2_arg, "-incoming", "defer"])?;
+    let _destination = Qemu::start(
+        kernel,
+        mib,
+        cmdline,
+        "null",
+        &["-qmp", &monitor2_arg, "-incoming", "defer"],
+    )?;
     console.line("memory: ready", LIMIT)?;
     std::thread::sleep(Duration::from_millis(300));
 
@@ -145,7 +181,10 @@ pub(crate) fn moved(folder: &Folder, kernel: &Path, mib: u64, cmdline: &str) -> 
         .to_owned();
     let mut source = Qmp::connect(&monitor)?;
     // Without this QEMU holds itself to 128 MiB/s.
-    source.call("migrate-set-parameters", json!({"max-bandwidth": 1_000_000_000_000u64}))?;
+    source.call(
+        "migrate-set-parameters",
+        json!({"max-bandwidth": 1_000_000_000_000u64}),
+    )?;
     source.call("migrate", json!({"uri": format!("tcp:127.0.0.1:{port}")}))?;
     let deadline = Instant::now() + LIMIT;
     let info = loop {
@@ -153,11 +192,16 @@ pub(crate) fn moved(folder: &Folder, kernel: &Path, mib: u64, cmdline: &str) -> 
         match info["status"].as_str() {
             Some("completed") => break info,
             Some("failed" | "cancelled") => bail!("QEMU's move failed: {info}"),
-            _ => ensure!(Instant::now() < deadline, "QEMU's move does not end: {info}"),
+            _ => ensure!(
+                Instant::now() < deadline,
+                "QEMU's move does not end: {info}"
+            ),
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    let total_ms = info["total-time"].as_f64().context("QEMU reports no total time")?;
+    let total_ms = info["total-time"]
+        .as_f64()
+        .context("QEMU reports no total time")?;
     Ok(json!({
         "total_ms": total_ms,
         "downtime_ms": info["downtime"],

@@ -44,7 +44,11 @@ fn own_memory(pid: u32) -> Result<u64> {
 }
 
 fn kib(field: &str) -> u64 {
-    field.split_whitespace().next().and_then(|n| n.parse().ok()).unwrap_or_default()
+    field
+        .split_whitespace()
+        .next()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or_default()
 }
 
 fn figures(elapsed: Duration, pid: u32) -> Result<Value> {
@@ -106,8 +110,12 @@ pub(crate) fn run(options: Common) -> Result<()> {
             "pss_mib": rounded(median_of(&runs, side, "pss_mib")),
         })
     };
-    let compared =
-        |field: &str| rounded(ratio(median_of(&runs, "ours", field), median_of(&runs, "qemu", field)));
+    let compared = |field: &str| {
+        rounded(ratio(
+            median_of(&runs, "ours", field),
+            median_of(&runs, "qemu", field),
+        ))
+    };
     let result = json!({
         "case": "start",
         "peer": peer,
@@ -120,7 +128,10 @@ pub(crate) fn run(options: Common) -> Result<()> {
         println!("{result}");
     } else {
         println!("{:<10} {:>10} {:>10} {:>8}", "", "ours", "QEMU", "ratio");
-        for (name, field, ratio) in [("start ms", "start_ms", "start"), ("PSS MiB", "pss_mib", "pss")] {
+        for (name, field, ratio) in [
+            ("start ms", "start_ms", "start"),
+            ("PSS MiB", "pss_mib", "pss"),
+        ] {
             println!(
                 "{:<10} {:>10} {:>10} {:>8}",
                 name,

@@ -21,7 +21,9 @@ pub(crate) fn median_of(runs: &[Value], side: &str, field: &str) -> Option<f64> 
 
 /// Three significant decimals are more than the noise allows.
 pub(crate) fn rounded(value: Option<f64>) -> Value {
-    value.map_or(Value::Null, |value| Value::from((value * 1000.0).round() / 1000.0))
+    value.map_or(Value::Null, |value| {
+        Value::from((value * 1000.0).round() / 1000.0)
+    })
 }
 
 /// `a / b`, where both are known.
@@ -34,7 +36,9 @@ pub(crate) fn ratio(a: Option<f64>, b: Option<f64>) -> Option<f64> {
 
 /// A number in a table.
 pub(crate) fn cell(value: &Value) -> String {
-    value.as_f64().map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"))
+    value
+        .as_f64()
+        .map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"))
 }
 
 #[cfg(test)]

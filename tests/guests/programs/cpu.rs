@@ -60,7 +60,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use registers::{Level, Registers, mix};
 use rt::machine::{MAX_CPUS, Machine};
 use rt::percpu::PerCpu;
-use rt::{clock, serial, service, smp};
+use rt::{clock, power, serial, service, smp};
 use time::Readings;
 
 const FS_BASE: u32 = 0xc000_0100;
@@ -251,10 +251,11 @@ impl Checker {
             }
         }
         self.read_clocks();
-        if service::read_debug() != self.debug {
+        let changed = service::read_debug() != self.debug;
+        if changed {
             self.count("dr");
         }
-        if self.round % 16 == 0 {
+        if changed || self.round.is_multiple_of(16) {
             self.set_debug();
         }
         self.look_at_ticks();
@@ -342,8 +343,8 @@ impl Checker {
                         if errors() == 0 { " ok" } else { " damaged" },
                     );
                 }
-                b'q' => rt::power_off(),
-                b'r' => rt::reset(),
+                b'q' => power::power_off(),
+                b'r' => power::reset(),
                 _ => {}
             }
         }

@@ -59,13 +59,19 @@ impl Api {
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer)?;
         let answer = String::from_utf8(answer).context("the answer is not UTF-8")?;
-        let (head, body) = answer.split_once("\r\n\r\n").context("the answer has no head")?;
+        let (head, body) = answer
+            .split_once("\r\n\r\n")
+            .context("the answer has no head")?;
         let status = head
             .split(' ')
             .nth(1)
             .and_then(|status| status.parse().ok())
             .with_context(|| format!("no status in {head:?}"))?;
-        let body = if body.is_empty() { Value::Null } else { serde_json::from_str(body)? };
+        let body = if body.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_str(body)?
+        };
         Ok(Answer {
             status,
             head: head.to_owned(),
@@ -75,21 +81,35 @@ impl Api {
 
     /// A request with a JSON body (`Null` for none).
     pub fn request(&self, method: &str, path: &str, body: &Value) -> Result<Answer> {
-        let body = if body.is_null() { Vec::new() } else { serde_json::to_vec(body)? };
+        let body = if body.is_null() {
+            Vec::new()
+        } else {
+            serde_json::to_vec(body)?
+        };
         self.raw(method, path, &body)
     }
 
     /// A PUT that must succeed.
     pub fn put(&self, path: &str, body: &Value) -> Result<Value> {
         let answer = self.request("PUT", path, body)?;
-        ensure!(answer.status < 300, "PUT {path}: {} {}", answer.status, answer.body);
+        ensure!(
+            answer.status < 300,
+            "PUT {path}: {} {}",
+            answer.status,
+            answer.body
+        );
         Ok(answer.body)
     }
 
     /// A GET that must succeed.
     pub fn get(&self, path: &str) -> Result<Value> {
         let answer = self.request("GET", path, &Value::Null)?;
-        ensure!(answer.status == 200, "GET {path}: {} {}", answer.status, answer.body);
+        ensure!(
+            answer.status == 200,
+            "GET {path}: {} {}",
+            answer.status,
+            answer.body
+        );
         Ok(answer.body)
     }
 
@@ -106,7 +126,9 @@ impl Api {
     /// Starts a job and returns its number.
     pub fn start(&self, path: &str, body: &Value) -> Result<u64> {
         let answer = self.put(&format!("{path}?wait=false"), body)?;
-        answer["job"].as_u64().with_context(|| format!("no job in {answer}"))
+        answer["job"]
+            .as_u64()
+            .with_context(|| format!("no job in {answer}"))
     }
 
     /// The job.

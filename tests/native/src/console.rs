@@ -28,7 +28,8 @@ impl Console {
                     });
                 }
                 Err(error) if Instant::now() >= deadline => {
-                    return Err(error).with_context(|| format!("no serial port at {}", path.display()));
+                    return Err(error)
+                        .with_context(|| format!("no serial port at {}", path.display()));
                 }
                 Err(_) => std::thread::sleep(Duration::from_millis(2)),
             }
@@ -37,7 +38,9 @@ impl Console {
 
     /// Types.
     pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
-        self.stream.write_all(bytes).context("the guest's serial port takes no input")
+        self.stream
+            .write_all(bytes)
+            .context("the guest's serial port takes no input")
     }
 
     /// All that has been read.
@@ -50,7 +53,9 @@ impl Console {
         let deadline = Instant::now() + limit;
         loop {
             while let Some(end) = self.seen[self.unread..].find('\n') {
-                let line = self.seen[self.unread..self.unread + end].trim_end().to_owned();
+                let line = self.seen[self.unread..self.unread + end]
+                    .trim_end()
+                    .to_owned();
                 self.unread += end + 1;
                 if line.contains("exception") {
                     bail!("the guest reports: {line}");
@@ -62,12 +67,18 @@ impl Console {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("no line {prefix:?} within {limit:?}; the guest said: {:?}", self.tail());
+                bail!(
+                    "no line {prefix:?} within {limit:?}; the guest said: {:?}",
+                    self.tail()
+                );
             }
             self.stream.set_read_timeout(Some(left))?;
             let mut buffer = [0; 4096];
             match self.stream.read(&mut buffer) {
-                Ok(0) => bail!("the serial port closed before {prefix:?}; the guest said: {:?}", self.tail()),
+                Ok(0) => bail!(
+                    "the serial port closed before {prefix:?}; the guest said: {:?}",
+                    self.tail()
+                ),
                 Ok(n) => self.seen.push_str(&String::from_utf8_lossy(&buffer[..n])),
                 Err(error)
                     if matches!(
@@ -100,7 +111,10 @@ impl Console {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let line = self.line("", left)?;
-            if let Some(at) = line.find("memory: verdict").or_else(|| line.find("cpu: verdict")) {
+            if let Some(at) = line
+                .find("memory: verdict")
+                .or_else(|| line.find("cpu: verdict"))
+            {
                 return Ok(line[at..].to_owned());
             }
         }

@@ -56,9 +56,7 @@ impl Folder {
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
         std::fs::create_dir_all(&path)?;
-        Ok(Self {
-            path,
-        })
+        Ok(Self { path })
     }
 
     /// A path in it.
@@ -114,7 +112,11 @@ impl Vmm {
             if let Some(status) = vmm.child.try_wait()? {
                 bail!("vmm {name} ended with {status}: {}", vmm.log());
             }
-            ensure!(Instant::now() < deadline, "vmm {name} does not answer: {}", vmm.log());
+            ensure!(
+                Instant::now() < deadline,
+                "vmm {name} does not answer: {}",
+                vmm.log()
+            );
             std::thread::sleep(Duration::from_millis(2));
         }
         Ok(vmm)
@@ -153,7 +155,12 @@ impl Vmm {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
-            ensure!(Instant::now() < deadline, "vmm {} still runs: {}", self.name, self.log());
+            ensure!(
+                Instant::now() < deadline,
+                "vmm {} still runs: {}",
+                self.name,
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -180,7 +187,10 @@ impl Vmm {
                 "serial": {"mode": "Socket", "socket": self.serial},
             }),
         )?;
-        let url = self.api.job(job)?["url"].as_str().context("the job has no url")?.to_owned();
+        let url = self.api.job(job)?["url"]
+            .as_str()
+            .context("the job has no url")?
+            .to_owned();
         Ok((job, url))
     }
 

@@ -78,7 +78,9 @@ struct Shared {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn set(&self, flow: Flow) {
@@ -100,7 +102,10 @@ impl Shared {
             self.changed.notify_all();
         }
         while state.flow == Flow::Held {
-            state = self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
         }
         state.flow != Flow::Cut
     }
@@ -116,7 +121,10 @@ pub struct Relay {
 impl Relay {
     /// Relays to a `tcp:` URL and stops at `point`.
     pub fn start(target: &str, point: Point) -> Result<Self> {
-        let target = target.strip_prefix("tcp:").context("the relay wants a tcp: URL")?.to_owned();
+        let target = target
+            .strip_prefix("tcp:")
+            .context("the relay wants a tcp: URL")?
+            .to_owned();
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
@@ -158,7 +166,11 @@ impl Relay {
         let mut state = self.shared.state();
         while state.flow == Flow::Armed {
             let left = deadline.saturating_duration_since(Instant::now());
-            ensure!(!left.is_zero(), "the move never came to {:?}", self.shared.point);
+            ensure!(
+                !left.is_zero(),
+                "the move never came to {:?}",
+                self.shared.point
+            );
             state = self
                 .shared
                 .changed
@@ -226,7 +238,12 @@ fn pump(shared: &Shared, mut from: TcpStream, mut to: TcpStream, control: bool, 
     let _ = to.shutdown(Shutdown::Write);
 }
 
-fn pump_bytes(shared: &Shared, from: &mut TcpStream, to: &mut TcpStream, outward: bool) -> std::io::Result<()> {
+fn pump_bytes(
+    shared: &Shared,
+    from: &mut TcpStream,
+    to: &mut TcpStream,
+    outward: bool,
+) -> std::io::Result<()> {
     let mut buffer = vec![0; 256 << 10];
     let mut passed = 0;
     loop {
@@ -243,7 +260,12 @@ fn pump_bytes(shared: &Shared, from: &mut TcpStream, to: &mut TcpStream, outward
     }
 }
 
-fn pump_messages(shared: &Shared, from: &mut TcpStream, to: &mut TcpStream, outward: bool) -> std::io::Result<()> {
+fn pump_messages(
+    shared: &Shared,
+    from: &mut TcpStream,
+    to: &mut TcpStream,
+    outward: bool,
+) -> std::io::Result<()> {
     // Hello: 8 bytes magic, two versions, length of the body.
     let mut hello = [0; 16];
     from.read_exact(&mut hello)?;

@@ -31,9 +31,10 @@ pub(crate) fn trials() -> Vec<Trial> {
     ] {
         for vcpus in [1, 2] {
             let memory = memory.clone();
-            trials.push(guest_trial(format!("boot::{backing}::{vcpus}_vcpus"), move |folder| {
-                boots(folder, vcpus, &memory)
-            }));
+            trials.push(guest_trial(
+                format!("boot::{backing}::{vcpus}_vcpus"),
+                move |folder| boots(folder, vcpus, &memory),
+            ));
         }
     }
     trials
@@ -54,6 +55,9 @@ fn boots(folder: &Folder, vcpus: u32, memory: &Value) -> Result<()> {
     ensure!(vmm.api().state()? == "Running");
     vmm.api().put("vm.shutdown", &Value::Null)?;
     ensure!(vmm.api().state()? == "Shutdown");
-    ensure!(vmm.resident_bytes()? < 64 << 20, "the guest's memory was not freed");
+    ensure!(
+        vmm.resident_bytes()? < 64 << 20,
+        "the guest's memory was not freed"
+    );
     Ok(())
 }

@@ -26,16 +26,25 @@ enum Loss {
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for phase in Phase::ALL {
-        for (name, loss) in [("cut", Loss::Cut), ("destination_dies", Loss::DestinationDies)] {
-            trials.push(guest_trial(format!("failures::{phase}::{name}"), move |folder| match phase {
-                Phase::Complete => fails_after_commit(folder, Point::in_phase(phase), loss),
-                _ => fails(folder, phase, loss),
-            }));
+        for (name, loss) in [
+            ("cut", Loss::Cut),
+            ("destination_dies", Loss::DestinationDies),
+        ] {
+            trials.push(guest_trial(
+                format!("failures::{phase}::{name}"),
+                move |folder| match phase {
+                    Phase::Complete => fails_after_commit(folder, Point::in_phase(phase), loss),
+                    _ => fails(folder, phase, loss),
+                },
+            ));
         }
-        trials.push(guest_trial(format!("failures::{phase}::cancel"), move |folder| match phase {
-            Phase::Complete => cancel_too_late(folder),
-            _ => cancelled(folder, phase),
-        }));
+        trials.push(guest_trial(
+            format!("failures::{phase}::cancel"),
+            move |folder| match phase {
+                Phase::Complete => cancel_too_late(folder),
+                _ => cancelled(folder, phase),
+            },
+        ));
     }
     trials.push(guest_trial("failures::commit_is_lost", |folder| {
         fails_after_commit(folder, Point::Message(kind::COMMIT), Loss::Cut)
@@ -55,13 +64,19 @@ struct Held {
 fn hold(folder: &Folder, point: Point) -> Result<Held> {
     let source = Vmm::serve(folder, "source")?;
     let destination = Vmm::serve(folder, "destination")?;
-    source.boot(memory_guest(folder, 256, 2, "working_set_mib=96 hot_mib=16 rate=20000")?)?;
+    source.boot(memory_guest(
+        folder,
+        256,
+        2,
+        "working_set_mib=96 hot_mib=16 rate=20000",
+    )?)?;
     source.console()?.line("memory: ready", LIMIT)?;
     let (arriving, url) = destination.receive("tcp:127.0.0.1:0")?;
     let relay = Relay::start(&url, point)?;
-    let leaving = source
-        .api()
-        .start("vm.send-migration", &json!({"destination_url": relay.url()}))?;
+    let leaving = source.api().start(
+        "vm.send-migration",
+        &json!({"destination_url": relay.url()}),
+    )?;
     relay.wait_held(LIMIT)?;
     Ok(Held {
         source,
@@ -75,7 +90,11 @@ fn hold(folder: &Folder, point: Point) -> Result<Held> {
 impl Held {
     /// The guest runs at the source and has all its writes, nothing is left at the destination, and it can move after all.
     fn expect_at_home(self, folder: &Folder, destination_lives: bool) -> Result<()> {
-        ensure!(self.source.api().state()? == "Running", "{}", self.source.api().state()?);
+        ensure!(
+            self.source.api().state()? == "Running",
+            "{}",
+            self.source.api().state()?
+        );
         let mut console = self.source.console()?;
         expect_ok(&mut console)?;
         drop(console);
@@ -96,10 +115,17 @@ impl Held {
 fn expect_freed(vmm: &Vmm) -> Result<()> {
     let deadline = Instant::now() + LIMIT;
     while vmm.resident_bytes()? > 64 << 20 {
-        ensure!(Instant::now() < deadline, "the guest's memory is still there");
+        ensure!(
+            Instant::now() < deadline,
+            "the guest's memory is still there"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
-    ensure!(vmm.api().state()?.is_empty(), "there is a VM: {}", vmm.api().state()?);
+    ensure!(
+        vmm.api().state()?.is_empty(),
+        "there is a VM: {}",
+        vmm.api().state()?
+    );
     Ok(())
 }
 
@@ -107,14 +133,21 @@ fn fails(folder: &Folder, phase: Phase, loss: Loss) -> Result<()> {
     let mut held = hold(folder, Point::in_phase(phase))?;
     if loss == Loss::DestinationDies {
         held.destination.kill();
-    } 
+    }
     held.relay.cut();
     let job = held.source.api().wait_job(held.leaving, LIMIT)?;
     ensure!(job["status"] == "failed", "{job}");
-    ensure!(job["error"]["message"].as_str().is_some_and(|text| !text.is_empty()), "{job}");
+    ensure!(
+        job["error"]["message"]
+            .as_str()
+            .is_some_and(|text| !text.is_empty()),
+        "{job}"
+    );
     // A destination that never saw the source waits on.
     if phase == Phase::Connect && loss == Loss::Cut {
-        held.destination.api().put(&format!("jobs/{}/cancel", held.arriving), &Value::Null)?;
+        held.destination
+            .api()
+            .put(&format!("jobs/{}/cancel", held.arriving), &Value::Null)?;
         let job = held.destination.api().wait_job(held.arriving, LIMIT)?;
         ensure!(job["status"] == "cancelled", "{job}");
         expect_freed(&held.destination)?;
@@ -122,7 +155,9 @@ fn fails(folder: &Folder, phase: Phase, loss: Loss) -> Result<()> {
     }
     // A connection that broke before the hello is a stray one to the destination, which waits on as well.
     if phase == Phase::Negotiate && loss == Loss::Cut {
-        held.destination.api().put(&format!("jobs/{}/cancel", held.arriving), &Value::Null)?;
+        held.destination
+            .api()
+            .put(&format!("jobs/{}/cancel", held.arriving), &Value::Null)?;
         held.destination.api().wait_job(held.arriving, LIMIT)?;
         expect_freed(&held.destination)?;
         return held.expect_at_home(folder, false);
@@ -132,14 +167,17 @@ fn fails(folder: &Folder, phase: Phase, loss: Loss) -> Result<()> {
 
 fn cancelled(folder: &Folder, phase: Phase) -> Result<()> {
     let held = hold(folder, Point::in_phase(phase))?;
-    held.source.api().put(&format!("jobs/{}/cancel", held.leaving), &Value::Null)?;
+    held.source
+        .api()
+        .put(&format!("jobs/{}/cancel", held.leaving), &Value::Null)?;
     let job = held.source.api().wait_job(held.leaving, LIMIT)?;
     ensure!(job["status"] == "cancelled", "{job}");
     held.relay.cut();
-    let _ = held
-        .destination
-        .api()
-        .request("PUT", &format!("jobs/{}/cancel", held.arriving), &Value::Null)?;
+    let _ = held.destination.api().request(
+        "PUT",
+        &format!("jobs/{}/cancel", held.arriving),
+        &Value::Null,
+    )?;
     held.destination.api().wait_job(held.arriving, LIMIT)?;
     expect_freed(&held.destination)?;
     held.expect_at_home(folder, false)
@@ -155,17 +193,39 @@ fn fails_after_commit(folder: &Folder, point: Point, loss: Loss) -> Result<()> {
     held.relay.cut();
     let job = held.source.api().wait_job(held.leaving, LIMIT)?;
     ensure!(job["status"] == "in_doubt", "{job}");
-    ensure!(job["error"]["message"].as_str().is_some_and(|text| text.contains("settle")), "{job}");
-    ensure!(held.source.api().state()? == "InDoubt", "{}", held.source.api().state()?);
-    for path in ["vm.resume", "vm.delete", "vm.reboot", "vm.shutdown", "vmm.shutdown"] {
+    ensure!(
+        job["error"]["message"]
+            .as_str()
+            .is_some_and(|text| text.contains("settle")),
+        "{job}"
+    );
+    ensure!(
+        held.source.api().state()? == "InDoubt",
+        "{}",
+        held.source.api().state()?
+    );
+    for path in [
+        "vm.resume",
+        "vm.delete",
+        "vm.reboot",
+        "vm.shutdown",
+        "vmm.shutdown",
+    ] {
         let answer = held.source.api().request("PUT", path, &Value::Null)?;
-        ensure!(answer.status == 409, "{path} in doubt: {} {}", answer.status, answer.body);
+        ensure!(
+            answer.status == 409,
+            "{path} in doubt: {} {}",
+            answer.status,
+            answer.body
+        );
     }
     let settle = format!("jobs/{}/settle", held.leaving);
     if arrived {
         held.destination.api().wait_job(held.arriving, LIMIT)?;
         ensure!(held.destination.api().state()? == "Running");
-        held.source.api().put(&settle, &json!({"outcome": "runs_there"}))?;
+        held.source
+            .api()
+            .put(&settle, &json!({"outcome": "runs_there"}))?;
         ensure!(held.source.api().state()? == "MovedAway");
         return expect_ok(&mut held.destination.console()?);
     }
@@ -173,17 +233,20 @@ fn fails_after_commit(folder: &Folder, point: Point, loss: Loss) -> Result<()> {
         held.destination.api().wait_job(held.arriving, LIMIT)?;
         expect_freed(&held.destination)?;
     }
-    held.source.api().put(&settle, &json!({"outcome": "resume_here"}))?;
+    held.source
+        .api()
+        .put(&settle, &json!({"outcome": "resume_here"}))?;
     held.expect_at_home(folder, false)
 }
 
 /// After the commit a cancel comes too late: it says so, and the move ends well.
 fn cancel_too_late(folder: &Folder) -> Result<()> {
     let held = hold(folder, Point::in_phase(Phase::Complete))?;
-    let answer = held
-        .source
-        .api()
-        .request("PUT", &format!("jobs/{}/cancel", held.leaving), &Value::Null)?;
+    let answer = held.source.api().request(
+        "PUT",
+        &format!("jobs/{}/cancel", held.leaving),
+        &Value::Null,
+    )?;
     ensure!(answer.status == 409, "{} {}", answer.status, answer.body);
     held.relay.release();
     let job = held.source.api().wait_job(held.leaving, LIMIT)?;

@@ -13,7 +13,10 @@ use crate::matrix::guest_trial;
 
 /// How many moves in a row the long test makes: `NATIVE_MOVES`, or a short run.
 fn chain_length() -> u64 {
-    std::env::var("NATIVE_MOVES").ok().and_then(|n| n.parse().ok()).unwrap_or(20)
+    std::env::var("NATIVE_MOVES")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(20)
 }
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -30,7 +33,10 @@ pub(crate) fn trials() -> Vec<Trial> {
     }
     trials.push(guest_trial("moves::shared_memory", moves_shared));
     trials.push(guest_trial("moves::paused_stays_paused", paused));
-    trials.push(guest_trial("moves::untouched_memory_stays_untouched", sparse));
+    trials.push(guest_trial(
+        "moves::untouched_memory_stays_untouched",
+        sparse,
+    ));
     trials.push(guest_trial("moves::registers_clocks_and_timers", registers));
     trials.push(guest_trial("moves::many_in_a_row", chain));
     trials
@@ -47,7 +53,9 @@ pub(crate) fn url(folder: &Folder, transport: &str) -> String {
 /// Moves the guest of `source` to `destination` and returns the job at the source.
 pub(crate) fn move_guest(source: &Vmm, destination: &Vmm, url: &str) -> Result<Value> {
     let (arriving, url) = destination.receive(url)?;
-    let leaving = source.api().start("vm.send-migration", &json!({"destination_url": url}))?;
+    let leaving = source
+        .api()
+        .start("vm.send-migration", &json!({"destination_url": url}))?;
     let job = source.api().wait_job(leaving, LIMIT)?;
     ensure!(
         job["status"] == "succeeded",
@@ -56,7 +64,10 @@ pub(crate) fn move_guest(source: &Vmm, destination: &Vmm, url: &str) -> Result<V
         destination.log()
     );
     let arrived = destination.api().wait_job(arriving, LIMIT)?;
-    ensure!(arrived["status"] == "succeeded", "nothing arrived: {arrived}");
+    ensure!(
+        arrived["status"] == "succeeded",
+        "nothing arrived: {arrived}"
+    );
     Ok(job)
 }
 
@@ -83,11 +94,22 @@ fn moves(folder: &Folder, transport: &str, vcpus: u32, pattern: &str) -> Result<
     source.console()?.line("memory: ready", LIMIT)?;
     let job = move_guest(&source, &destination, &url(folder, transport))?;
     ensure!(job["phase"] == "complete", "{job}");
-    ensure!(job["rounds"].as_array().is_some_and(|rounds| rounds.len() >= 2), "{job}");
-    ensure!(job["downtime_ms"].as_f64().is_some_and(|ms| ms > 0.0), "{job}");
+    ensure!(
+        job["rounds"]
+            .as_array()
+            .is_some_and(|rounds| rounds.len() >= 2),
+        "{job}"
+    );
+    ensure!(
+        job["downtime_ms"].as_f64().is_some_and(|ms| ms > 0.0),
+        "{job}"
+    );
 
     ensure!(source.api().state()? == "MovedAway");
-    ensure!(source.resident_bytes()? < 64 << 20, "the source's memory was not freed");
+    ensure!(
+        source.resident_bytes()? < 64 << 20,
+        "the source's memory was not freed"
+    );
     ensure!(destination.api().state()? == "Running");
     let mut console = destination.console()?;
     expect_ok(&mut console)?;
@@ -97,7 +119,10 @@ fn moves(folder: &Folder, transport: &str, vcpus: u32, pattern: &str) -> Result<
         field(&line, "writes")
     };
     let before = writes(&mut console)?;
-    ensure!(writes(&mut console)? > before, "the guest has stopped writing");
+    ensure!(
+        writes(&mut console)? > before,
+        "the guest has stopped writing"
+    );
     Ok(())
 }
 
@@ -128,7 +153,11 @@ fn paused(folder: &Folder) -> Result<()> {
     source.console()?.line("memory: ready", LIMIT)?;
     source.api().put("vm.pause", &Value::Null)?;
     move_guest(&source, &destination, "tcp:127.0.0.1:0")?;
-    ensure!(destination.api().state()? == "Paused", "{}", destination.api().state()?);
+    ensure!(
+        destination.api().state()? == "Paused",
+        "{}",
+        destination.api().state()?
+    );
     let mut console = destination.console()?;
     console.send(b"v")?;
     ensure!(
@@ -157,7 +186,10 @@ fn sparse(folder: &Folder) -> Result<()> {
         after >> 20
     );
     let sent = job["bytes_sent"].as_u64().context("no bytes_sent")?;
-    ensure!(sent < 256 << 20, "{sent} bytes were sent for a guest that uses 32 MiB");
+    ensure!(
+        sent < 256 << 20,
+        "{sent} bytes were sent for a guest that uses 32 MiB"
+    );
     expect_ok(&mut destination.console()?)
 }
 
@@ -176,7 +208,10 @@ fn registers(folder: &Folder) -> Result<()> {
         move_guest(&from, &to, "tcp:127.0.0.1:0")?;
         let mut console = to.console()?;
         let verdict = console.verdict()?;
-        ensure!(verdict.contains("errors=0") && verdict.ends_with("ok"), "{verdict}");
+        ensure!(
+            verdict.contains("errors=0") && verdict.ends_with("ok"),
+            "{verdict}"
+        );
         let ticks = |console: &mut Console| -> Result<u64> {
             field(&console.line("cpu: report", LIMIT)?, "ticks")
         };
@@ -201,15 +236,20 @@ impl Random {
 }
 
 fn chain(folder: &Folder) -> Result<()> {
-    let seed = std::env::var("NATIVE_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(20_261_123);
+    let seed = std::env::var("NATIVE_SEED")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(20_261_123);
     let mut random = Random(seed);
     let moves = chain_length();
     let mut done = 0;
     while done < moves {
         let (vcpus, hot, rate) = (1 + random.next(2), 1 + random.next(48), random.next(60_000));
         let pattern = ["sequential", "random", "strided"][random.next(3) as usize];
-        let cmdline =
-            format!("working_set_mib=96 hot_mib={hot} rate={rate} pattern={pattern} seed={}", random.next(1 << 30));
+        let cmdline = format!(
+            "working_set_mib=96 hot_mib={hot} rate={rate} pattern={pattern} seed={}",
+            random.next(1 << 30)
+        );
         let context = || format!("after {done} moves, seed {seed}: {vcpus} vCPUs, {cmdline}");
         let mut from = Vmm::serve(folder, "a")?;
         let mut to = Vmm::serve(folder, "b")?;

@@ -325,7 +325,7 @@ fn not_empty(body: &[u8]) -> Result<&[u8], Problem> {
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
-    serde_json::from_slice(not_empty(body)?)
+    crate::json::parse(not_empty(body)?)
         .map_err(|e| Problem::bad_request(format!("invalid body: {e}")))
 }
 

@@ -1,15 +1,21 @@
 //! Keys of Cloud Hypervisor's config whose features this version does not have.
 
-use std::collections::BTreeMap;
+use serde_json::{Map, Value};
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use super::{ConfigError, field};
 
-use super::ConfigError;
-
-/// Top-level keys that are known, but only with an empty value.
+/// The keys; one with a dot is inside of a section.
 const KNOWN: &[&str] = &[
     "balloon",
+    "console.file",
+    "console.iommu",
+    "console.socket",
+    "cpus.affinity",
+    "cpus.core_scheduling",
+    "cpus.features",
+    "cpus.kvm_hyperv",
+    "cpus.max_phys_bits",
+    "cpus.nested",
     "debug_console",
     "devices",
     "disks",
@@ -17,8 +23,18 @@ const KNOWN: &[&str] = &[
     "iommu",
     "landlock_enable",
     "landlock_rules",
+    "memory.hotplug_method",
+    "memory.hotplug_size",
+    "memory.hotplugged_size",
+    "memory.mergeable",
+    "memory.prefault",
+    "memory.reserve",
+    "memory.zones",
     "net",
     "numa",
+    "payload.firmware",
+    "payload.host_data",
+    "payload.igvm",
     "pci_segments",
     "platform",
     "pmem",
@@ -34,31 +50,39 @@ const KNOWN: &[&str] = &[
     "watchdog",
 ];
 
-/// Whatever other top-level keys a config has.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Absent(BTreeMap<String, Value>);
-
-impl Absent {
-    pub(super) fn validate(&self) -> Result<(), ConfigError> {
-        for (key, value) in &self.0 {
-            if !KNOWN.contains(&key.as_str()) {
-                return Err(ConfigError::Json(format!(
-                    "unknown field `{key}`; the top-level fields are payload, cpus, memory, serial, console, hypervisor"
-                )));
-            }
-            let empty = match value {
-                Value::Null | Value::Bool(false) => true,
-                Value::Array(items) => items.is_empty(),
-                Value::Object(items) => items.is_empty(),
-                _ => false,
-            };
-            if !empty {
-                return Err(ConfigError::Json(format!(
-                    "`{key}` asks for a feature that this version does not have; leave it out"
-                )));
-            }
+/// Takes those keys out of a config, if they ask for nothing.
+pub(super) fn strip(config: &mut Value) -> Result<(), ConfigError> {
+    let Value::Object(config) = config else {
+        // Not a config at all, which its parser says better.
+        return Ok(());
+    };
+    for &path in KNOWN {
+        let removed = match path.split_once('.') {
+            None => config.remove(path),
+            Some((section, key)) => config
+                .get_mut(section)
+                .and_then(Value::as_object_mut)
+                .and_then(|section: &mut Map<_, _>| section.remove(key)),
+        };
+        if removed.is_some_and(|value| !asks_for_nothing(path, &value)) {
+            return Err(field(
+                path,
+                "asks for a feature that this version does not have",
+                "leave it out",
+            ));
         }
-        Ok(())
+    }
+    Ok(())
+}
+
+fn asks_for_nothing(path: &str, value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(number) => number.as_u64() == Some(0),
+        // The method alone, without a size to plug, has no effect; Cloud Hypervisor always writes it.
+        Value::String(text) => text.is_empty() || path == "memory.hotplug_method",
+        Value::Array(items) => items.is_empty(),
+        Value::Object(items) => items.values().all(|value| asks_for_nothing(path, value)),
     }
 }

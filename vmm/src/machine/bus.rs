@@ -97,7 +97,9 @@ impl IrqSink {
     }
 
     fn routes(&self) -> MutexGuard<'_, BTreeMap<u32, IoapicRoute>> {
-        self.routes.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.routes
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 

@@ -50,7 +50,9 @@ impl Demands {
     }
 
     fn first(&self) -> MutexGuard<'_, Option<Demand>> {
-        self.first.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.first
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Raises a demand. Called on a vCPU's thread; does not block.

@@ -23,7 +23,7 @@ pub(super) struct MovingIn {
 }
 
 /// A machine that has arrived.
-pub(super) struct Arrived {
+pub(crate) struct Arrived {
     pub(super) instance: Arc<Instance>,
     pub(super) run_state: RunState,
 }
@@ -65,11 +65,14 @@ impl MovingIn {
             ));
         }
         let plan = Plan::arriving(config, manifest.cpu.cpuid.clone());
-        let ranges = plan.ram_ranges().map_err(|e| refuse(RefusalKind::Memory, e.to_string()))?;
+        let ranges = plan
+            .ram_ranges()
+            .map_err(|e| refuse(RefusalKind::Memory, e.to_string()))?;
         if ranges != manifest.memory {
             return Err(refuse(
                 RefusalKind::Memory,
-                "the guest's memory layout differs from the one this version makes of its config".into(),
+                "the guest's memory layout differs from the one this version makes of its config"
+                    .into(),
             ));
         }
         Instance::build(plan, self.machine, &self.events).map_err(|error| {
@@ -117,14 +120,20 @@ impl DestinationMachine for MovingIn {
     }
 
     fn restore(&mut self, state: &MachineState) -> Result<(), MachineError> {
-        let instance = self.instance.as_ref().ok_or("no machine has been reserved")?;
+        let instance = self
+            .instance
+            .as_ref()
+            .ok_or("no machine has been reserved")?;
         instance.restore(state)?;
         self.run_state = state.run_state;
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        let instance = self.instance.as_ref().ok_or("no machine has been reserved")?;
+        let instance = self
+            .instance
+            .as_ref()
+            .ok_or("no machine has been reserved")?;
         if self.run_state == RunState::Running {
             instance.resume();
         }

@@ -70,10 +70,15 @@ impl DeviceSet {
             None => None,
         };
         let i8042 = Arc::new(I8042::new(demands.clone()));
-        pio.insert(u64::from(layout::I8042_PORT), devices::i8042::I8042_PORTS, i8042.clone())?;
+        pio.insert(
+            u64::from(layout::I8042_PORT),
+            devices::i8042::I8042_PORTS,
+            i8042.clone(),
+        )?;
         let ram = memory::layout::ram_ranges(config.memory.size).unwrap_or_default();
-        let (low, high): (Vec<_>, Vec<_>) =
-            ram.iter().partition(|range| range.gpa < layout::MMIO_HOLE_END);
+        let (low, high): (Vec<memory::RamRange>, Vec<memory::RamRange>) = ram
+            .into_iter()
+            .partition(|range| range.gpa < layout::MMIO_HOLE_END);
         let cmos = Arc::new(Cmos::new(GuestMemorySize {
             below_4g: low.iter().map(|range| range.len).sum(),
             above_4g: high.iter().map(|range| range.len).sum(),
@@ -154,7 +159,10 @@ impl DeviceSet {
     }
 
     pub(super) fn save(&self) -> Vec<(&'static str, SavedState)> {
-        self.persistent().into_iter().map(|(id, device)| (id, device.save())).collect()
+        self.persistent()
+            .into_iter()
+            .map(|(id, device)| (id, device.save()))
+            .collect()
     }
 
     /// Restores each device from the state with its id. A state for a device that is not here is refused, and so is
@@ -172,10 +180,12 @@ impl DeviceSet {
                 return Err(DeviceError::Missing(id));
             };
             let (_, state) = states.swap_remove(at);
-            device.restore(&state).map_err(|source| DeviceError::State {
-                id: id.to_owned(),
-                source,
-            })?;
+            device
+                .restore(&state)
+                .map_err(|source| DeviceError::State {
+                    id: id.to_owned(),
+                    source,
+                })?;
         }
         match states.iter().find(|(id, _)| *id != "serial") {
             Some((id, _)) => Err(DeviceError::Unknown((*id).to_owned())),
@@ -201,7 +211,10 @@ fn serial_backend(config: &VmConfig) -> Result<Option<SerialBackend>, ConfigErro
             append: true,
         }),
         SerialMode::Socket => Some(SerialBackend::Socket {
-            path: serial.socket.clone().ok_or_else(|| missing("serial.socket"))?,
+            path: serial
+                .socket
+                .clone()
+                .ok_or_else(|| missing("serial.socket"))?,
         }),
     })
 }

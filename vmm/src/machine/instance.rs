@@ -75,7 +75,11 @@ impl BuildError {
     pub(super) fn is_request(&self) -> bool {
         matches!(
             self,
-            Self::Config(_) | Self::Topology(_) | Self::Open { .. } | Self::Boot(_) | Self::Memory(_)
+            Self::Config(_)
+                | Self::Topology(_)
+                | Self::Open { .. }
+                | Self::Boot(_)
+                | Self::Memory(_)
         )
     }
 }
@@ -146,7 +150,11 @@ pub(crate) struct Instance {
 
 impl Instance {
     /// Builds a machine, parked and with empty RAM.
-    pub(super) fn build(plan: Plan, number: u64, events: &Sender<Event>) -> Result<Self, BuildError> {
+    pub(super) fn build(
+        plan: Plan,
+        number: u64,
+        events: &Sender<Event>,
+    ) -> Result<Self, BuildError> {
         plan.config.validate()?;
         let topology = plan.topology()?;
         let ranges = plan.ram_ranges()?;
@@ -216,8 +224,11 @@ impl Instance {
         };
         let payload = &self.config.payload;
         let mut kernel = open("kernel", self.config.kernel()?)?;
-        let mut initramfs =
-            payload.initramfs.as_deref().map(|path| open("initramfs", path)).transpose()?;
+        let mut initramfs = payload
+            .initramfs
+            .as_deref()
+            .map(|path| open("initramfs", path))
+            .transpose()?;
         let memory = self.ram.guest_memory();
         let tables = acpi::build(&acpi::AcpiConfig {
             vcpus: self.config.cpus.boot_vcpus,
@@ -226,8 +237,12 @@ impl Instance {
             serial: self.devices.has_serial(),
         })?;
         tables.write_to(memory)?;
-        let ranges: Vec<(u64, u64)> =
-            self.ram.regions().iter().map(|region| (region.gpa(), region.len())).collect();
+        let ranges: Vec<(u64, u64)> = self
+            .ram
+            .regions()
+            .iter()
+            .map(|region| (region.gpa(), region.len()))
+            .collect();
         let plan = boot::load(
             memory,
             BootSources {
@@ -326,7 +341,12 @@ impl Instance {
             hypervisor: self.hypervisor_name().to_owned(),
             config: serde_json::to_string(&self.config)?,
             vcpus: self.config.cpus.boot_vcpus,
-            memory: self.ram.regions().iter().map(|region| region.range()).collect(),
+            memory: self
+                .ram
+                .regions()
+                .iter()
+                .map(|region| region.range())
+                .collect(),
             cpu: CpuContract {
                 cpuid: self.cpuid.clone(),
                 tsc_khz: None,

@@ -21,8 +21,8 @@
 
 mod bus;
 mod demand;
-mod devices;
 mod destination;
+mod devices;
 mod instance;
 mod owner;
 mod source;
@@ -97,11 +97,13 @@ impl MachineThread {
         let (exit_sender, exit) = mpsc::channel();
         let jobs = Jobs::default();
         let service = Service::new(events.clone(), jobs.clone());
-        let thread = std::thread::Builder::new().name("machine".into()).spawn(move || {
-            let reason = owner::Owner::new(guest_end, events, jobs).run(&inbox);
-            // Whoever waited has gone; the process is ending anyway.
-            let _ = exit_sender.send(reason);
-        })?;
+        let thread = std::thread::Builder::new()
+            .name("machine".into())
+            .spawn(move || {
+                let reason = owner::Owner::new(guest_end, events, jobs).run(&inbox);
+                // Whoever waited has gone; the process is ending anyway.
+                let _ = exit_sender.send(reason);
+            })?;
         Ok(Self {
             service,
             exit,

@@ -1,8 +1,8 @@
 //! The decisions: what each request, demand and ended move does in each state.
 
 use std::collections::BTreeMap;
-use std::sync::mpsc::{self, Sender};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
 
 use migration::{Listener, MoveControl, MoveUrl, RunState, SendOptions, SourceOutcome};
 
@@ -106,9 +106,13 @@ impl Owner {
             Request::Send(send) => self.send(&send),
             Request::Receive(receive) => self.receive(receive),
             Request::Jobs => Ok(Response::Jobs(self.jobs.list())),
-            Request::Job(id) => self.jobs.get(id).map(|job| Response::Job(Box::new(job))).ok_or_else(
-                || ServiceError::new(ErrorKind::NotFound, format!("there is no job {id}")),
-            ),
+            Request::Job(id) => self
+                .jobs
+                .get(id)
+                .map(|job| Response::Job(Box::new(job)))
+                .ok_or_else(|| {
+                    ServiceError::new(ErrorKind::NotFound, format!("there is no job {id}"))
+                }),
             Request::CancelJob(id) => self.cancel_job(id),
             Request::SettleJob(id, settlement) => self.settle(id, settlement),
             Request::VmmShutdown => Err(ServiceError::new(
@@ -120,7 +124,10 @@ impl Owner {
 
     fn vm(&mut self) -> Result<&mut Vm, ServiceError> {
         self.vm.as_mut().ok_or_else(|| {
-            ServiceError::new(ErrorKind::NotFound, "there is no VM: create one with vm.create")
+            ServiceError::new(
+                ErrorKind::NotFound,
+                "there is no VM: create one with vm.create",
+            )
         })
     }
 
@@ -190,7 +197,11 @@ impl Owner {
             .and_then(|instance| instance.load().map(|()| instance))
             .map_err(|error| {
                 ServiceError::new(
-                    if error.is_request() { ErrorKind::BadRequest } else { ErrorKind::Failed },
+                    if error.is_request() {
+                        ErrorKind::BadRequest
+                    } else {
+                        ErrorKind::Failed
+                    },
                     error_chain(&error),
                 )
             });
@@ -227,7 +238,9 @@ impl Owner {
     fn counters(&mut self) -> Reply {
         let vm = self.vm()?;
         Ok(Response::Counters(
-            vm.instance.as_ref().map_or_else(BTreeMap::new, |instance| instance.counters()),
+            vm.instance
+                .as_ref()
+                .map_or_else(BTreeMap::new, |instance| instance.counters()),
         ))
     }
 
@@ -242,8 +255,10 @@ impl Owner {
 
     fn resume(&mut self) -> Reply {
         let vm = self.vm_in(&[VmState::Paused], "resume")?;
-        if let Some(Demand::Fault(reason)) =
-            vm.instance.as_ref().and_then(|instance| instance.demands().pending())
+        if let Some(Demand::Fault(reason)) = vm
+            .instance
+            .as_ref()
+            .and_then(|instance| instance.demands().pending())
         {
             return Err(ServiceError::wrong_state(format!(
                 "the guest cannot go on ({reason}): reboot it or shut it down"
@@ -309,7 +324,8 @@ impl Owner {
         if let Some(moving) = &self.moving {
             moving.control.cancel();
         }
-        if let Some((_, Some(earlier))) = self.ending.replace((ExitReason::Requested, Some(reply_to)))
+        if let Some((_, Some(earlier))) =
+            self.ending.replace((ExitReason::Requested, Some(reply_to)))
         {
             earlier(Ok(Response::Done));
         }
@@ -325,7 +341,11 @@ impl Owner {
             moving.early.push(demand);
             return;
         }
-        let current = self.vm.as_ref().and_then(|vm| vm.instance.as_ref()).map(|i| i.number());
+        let current = self
+            .vm
+            .as_ref()
+            .and_then(|vm| vm.instance.as_ref())
+            .map(|i| i.number());
         if current != Some(machine) {
             return; // of a machine that has been stopped
         }
@@ -382,7 +402,10 @@ impl Owner {
             _ => RunState::Paused,
         };
         let Some(instance) = vm.instance.clone() else {
-            return Err(ServiceError::new(ErrorKind::Internal, "the VM runs but was never built"));
+            return Err(ServiceError::new(
+                ErrorKind::Internal,
+                "the VM runs but was never built",
+            ));
         };
         let options = SendOptions {
             downtime_ms: request.downtime_ms,
@@ -394,14 +417,18 @@ impl Owner {
             ..SendOptions::default()
         };
         let control = Arc::new(MoveControl::new());
-        let job = self.jobs.start(JobKind::Send, url.to_string(), Arc::clone(&control));
+        let job = self
+            .jobs
+            .start(JobKind::Send, url.to_string(), Arc::clone(&control));
         let (events, worker_control) = (self.events.clone(), Arc::clone(&control));
-        let spawned = std::thread::Builder::new().name("move-out".into()).spawn(move || {
-            let mut machine = Box::new(MovingOut::new(instance, run_state));
-            let result = migration::send(&url, machine.as_mut(), &options, &worker_control);
-            // Without a machine thread the process is ending.
-            let _ = events.send(Event::SendEnded(job, machine, result));
-        });
+        let spawned = std::thread::Builder::new()
+            .name("move-out".into())
+            .spawn(move || {
+                let mut machine = Box::new(MovingOut::new(instance, run_state));
+                let result = migration::send(&url, machine.as_mut(), &options, &worker_control);
+                // Without a machine thread the process is ending.
+                let _ = events.send(Event::SendEnded(job, machine, result));
+            });
         self.started(job, JobKind::Send, control, 0, spawned)
     }
 
@@ -414,8 +441,12 @@ impl Owner {
         spawned: std::io::Result<std::thread::JoinHandle<()>>,
     ) -> Reply {
         if let Err(error) = spawned {
-            let error = ServiceError::new(ErrorKind::Internal, format!("cannot start a thread: {error}"));
-            self.jobs.finish(job, JobStatus::Failed, Some(error.clone()));
+            let error = ServiceError::new(
+                ErrorKind::Internal,
+                format!("cannot start a thread: {error}"),
+            );
+            self.jobs
+                .finish(job, JobStatus::Failed, Some(error.clone()));
             return Err(error);
         }
         self.moving = Some(Moving {
@@ -450,8 +481,16 @@ impl Owner {
                 machine.stop_dirty_tracking();
                 drop(machine);
                 tracing::warn!("the move has failed, the guest stays here: {message}");
-                let status = if error.is_cancelled() { JobStatus::Cancelled } else { JobStatus::Failed };
-                self.jobs.finish(job, status, Some(ServiceError::new(ErrorKind::Failed, message)));
+                let status = if error.is_cancelled() {
+                    JobStatus::Cancelled
+                } else {
+                    JobStatus::Failed
+                };
+                self.jobs.finish(
+                    job,
+                    status,
+                    Some(ServiceError::new(ErrorKind::Failed, message)),
+                );
                 let pending = self
                     .vm
                     .as_ref()
@@ -461,8 +500,25 @@ impl Owner {
                     self.serve(demand);
                 }
             }
+            SourceOutcome::PausedHere => {
+                machine.stop_dirty_tracking();
+                drop(machine);
+                tracing::error!(
+                    "the move has failed and the guest could not be resumed, it is paused here: {message}"
+                );
+                if let Some(vm) = &mut self.vm {
+                    vm.state = VmState::Paused;
+                }
+                self.jobs.finish(
+                    job,
+                    JobStatus::Failed,
+                    Some(ServiceError::new(ErrorKind::Failed, message)),
+                );
+            }
             SourceOutcome::InDoubt => {
-                tracing::error!("the move's outcome is unknown, the guest stays paused here: {message}");
+                tracing::error!(
+                    "the move's outcome is unknown, the guest stays paused here: {message}"
+                );
                 if let Some(vm) = &mut self.vm {
                     vm.state = VmState::InDoubt;
                 }
@@ -517,12 +573,19 @@ impl Owner {
                     return Err(ServiceError::new(ErrorKind::Failed, message));
                 }
                 if let Some(vm) = &mut self.vm {
-                    vm.state = if runs { VmState::Running } else { VmState::Paused };
+                    vm.state = if runs {
+                        VmState::Running
+                    } else {
+                        VmState::Paused
+                    };
                 }
                 self.jobs.finish(
                     job,
                     JobStatus::Failed,
-                    Some(ServiceError::new(ErrorKind::Failed, "settled by the operator: the guest resumed here")),
+                    Some(ServiceError::new(
+                        ErrorKind::Failed,
+                        "settled by the operator: the guest resumed here",
+                    )),
                 );
             }
         }
@@ -542,21 +605,28 @@ impl Owner {
             .map_err(|error| ServiceError::new(ErrorKind::Failed, error_chain(&error)))?;
         let control = Arc::new(MoveControl::new());
         let local = listener.local_url().to_string();
-        let job = self.jobs.start(JobKind::Receive, local, Arc::clone(&control));
+        let job = self
+            .jobs
+            .start(JobKind::Receive, local, Arc::clone(&control));
         self.machines += 1;
         let number = self.machines;
         let (events, worker_control) = (self.events.clone(), Arc::clone(&control));
-        let spawned = std::thread::Builder::new().name("move-in".into()).spawn(move || {
-            let mut machine = MovingIn::new(number, request.serial, events.clone());
-            let options = migration::ReceiveOptions::default();
-            let result = migration::receive(&listener, &mut machine, &options, &worker_control)
-                .map_err(ReceiveFailure::Move)
-                .and_then(|report| {
-                    machine.into_arrived().map(|a| (report, a)).ok_or(ReceiveFailure::Nothing)
-                });
-            // Without a machine thread the process is ending.
-            let _ = events.send(Event::ReceiveEnded(job, result));
-        });
+        let spawned = std::thread::Builder::new()
+            .name("move-in".into())
+            .spawn(move || {
+                let mut machine = MovingIn::new(number, request.serial, events.clone());
+                let options = migration::ReceiveOptions::default();
+                let result = migration::receive(&listener, &mut machine, &options, &worker_control)
+                    .map_err(ReceiveFailure::Move)
+                    .and_then(|report| {
+                        machine
+                            .into_arrived()
+                            .map(|a| (report, a))
+                            .ok_or(ReceiveFailure::Nothing)
+                    });
+                // Without a machine thread the process is ending.
+                let _ = events.send(Event::ReceiveEnded(job, result));
+            });
         self.started(job, JobKind::Receive, control, number, spawned)
     }
 
@@ -565,7 +635,11 @@ impl Owner {
         job: JobId,
         result: Result<(migration::ReceiveReport, super::destination::Arrived), ReceiveFailure>,
     ) {
-        let early = self.moving.take().map(|moving| moving.early).unwrap_or_default();
+        let early = self
+            .moving
+            .take()
+            .map(|moving| moving.early)
+            .unwrap_or_default();
         match result {
             Ok((_, arrived)) => {
                 self.vm = Some(Vm {
@@ -584,13 +658,24 @@ impl Owner {
             Err(ReceiveFailure::Move(error)) => {
                 let message = error_chain(&error);
                 tracing::warn!("no machine has arrived: {message}");
-                let status = if error.is_cancelled() { JobStatus::Cancelled } else { JobStatus::Failed };
-                self.jobs.finish(job, status, Some(ServiceError::new(ErrorKind::Failed, message)));
+                let status = if error.is_cancelled() {
+                    JobStatus::Cancelled
+                } else {
+                    JobStatus::Failed
+                };
+                self.jobs.finish(
+                    job,
+                    status,
+                    Some(ServiceError::new(ErrorKind::Failed, message)),
+                );
             }
             Err(ReceiveFailure::Nothing) => self.jobs.finish(
                 job,
                 JobStatus::Failed,
-                Some(ServiceError::new(ErrorKind::Internal, "the move ended without a machine")),
+                Some(ServiceError::new(
+                    ErrorKind::Internal,
+                    "the move ended without a machine",
+                )),
             ),
         }
     }
@@ -601,12 +686,13 @@ impl Owner {
             (Some(_), _) => Err(ServiceError::wrong_state(format!(
                 "job {id} has passed its commit point and cannot be cancelled any more"
             ))),
-            (None, Some(_)) => {
-                Err(ServiceError::wrong_state(format!("job {id} is not running any more")))
-            }
-            (None, None) => {
-                Err(ServiceError::new(ErrorKind::NotFound, format!("there is no job {id}")))
-            }
+            (None, Some(_)) => Err(ServiceError::wrong_state(format!(
+                "job {id} is not running any more"
+            ))),
+            (None, None) => Err(ServiceError::new(
+                ErrorKind::NotFound,
+                format!("there is no job {id}"),
+            )),
         }
     }
 }

@@ -9,7 +9,7 @@ use super::demand::Pending;
 use super::instance::Instance;
 
 /// A machine on its way out.
-pub(super) struct MovingOut {
+pub(crate) struct MovingOut {
     instance: Arc<Instance>,
     /// What the guest does once it has arrived, and here if the move fails.
     run_state: RunState,
@@ -66,7 +66,9 @@ impl SourceMachine for MovingOut {
     fn rearm(&mut self, region: usize, first_page: u64, words: &[u64]) -> Result<(), MachineError> {
         let slot = self.instance.memory_slot(region)?;
         let pages = (words.len() as u64 * 64).min(slot.len / memory::PAGE_SIZE - first_page);
-        self.instance.vm().clear_dirty_log(slot, first_page, pages, words)?;
+        self.instance
+            .vm()
+            .clear_dirty_log(slot, first_page, pages, words)?;
         Ok(())
     }
 

@@ -41,7 +41,9 @@ struct Shared {
 
 impl Shared {
     fn gate(&self) -> MutexGuard<'_, Gate> {
-        self.gate.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.gate
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Waits, parked, until there is a resume that this thread has not seen. `None` ends the thread.
@@ -128,7 +130,9 @@ impl VcpuSet {
     }
 
     fn slots(&self) -> MutexGuard<'_, Vec<Slot>> {
-        self.slots.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.slots
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Stops all vCPUs. On return none is inside the guest, and no access is half done.
@@ -186,7 +190,10 @@ impl VcpuSet {
 
     /// Saves every vCPU. They must be paused.
     pub(crate) fn save(&self) -> hypervisor::Result<Vec<VcpuState>> {
-        self.slots().iter().map(|slot| lock(&slot.vcpu).save_state()).collect()
+        self.slots()
+            .iter()
+            .map(|slot| lock(&slot.vcpu).save_state())
+            .collect()
     }
 
     /// Restores every vCPU from the state with its id. They must be paused.
@@ -201,9 +208,12 @@ impl VcpuSet {
         }
         for slot in slots.iter() {
             let mut vcpu = lock(&slot.vcpu);
-            let state = states.iter().find(|state| state.id == vcpu.id()).ok_or_else(|| {
-                hypervisor::Error::Invalid(format!("the state lacks vCPU {}", vcpu.id()))
-            })?;
+            let state = states
+                .iter()
+                .find(|state| state.id == vcpu.id())
+                .ok_or_else(|| {
+                    hypervisor::Error::Invalid(format!("the state lacks vCPU {}", vcpu.id()))
+                })?;
             vcpu.restore_state(state)?;
         }
         Ok(())

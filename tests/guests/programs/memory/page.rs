@@ -5,9 +5,9 @@
 //!  | magic| page| counter| owner| seed| body checksum| header mix | 0    | body: 63 lines of 8 words |
 //! ```
 //!
-//! The body is eight xorshift64 streams side by side, seeded by (seed, page, counter), so two versions
-//! of a page differ in every line, and a check can compare all of it with what must be there. It does
-//! not compress.
+//! The body is eight streams of words side by side (counters with a random start and a random odd
+//! stride, scrambled), set by (seed, page, counter), so two versions of a page differ in every line, and a
+//! check can compare all of it with what must be there. It does not compress.
 
 /// Words of a page.
 const WORDS: usize = 512;
@@ -46,23 +46,28 @@ pub fn mix(mut word: u64) -> u64 {
     word ^ (word >> 31)
 }
 
-fn streams(identity: &Identity, counter: u64) -> Line {
+/// Starts and strides of the streams of one version of a page.
+fn streams(identity: &Identity, counter: u64) -> (Line, Line) {
     let base = mix(identity.seed ^ mix(identity.page) ^ mix(!counter));
-    let mut line = [0; LANES];
-    for (lane, word) in line.iter_mut().enumerate() {
-        // Zero is the one state that xorshift never leaves.
-        *word = mix(base.wrapping_add((lane as u64 + 1) * 0x9e37_79b9_7f4a_7c15)) | 1;
+    let (mut state, mut strides) = ([0; LANES], [0; LANES]);
+    for lane in 0..LANES {
+        state[lane] = mix(base.wrapping_add((lane as u64 + 1) * 0x9e37_79b9_7f4a_7c15));
+        // Odd: a stream never stands still.
+        strides[lane] = mix(!state[lane]) | 1;
     }
-    line
+    (state, strides)
 }
 
+/// The next line of a body. Cheap on purpose (SSE2 has no 64-bit multiplication): a guest writes some
+/// GB/s of these.
 #[inline(always)]
-fn step(line: &mut Line) {
-    for word in line {
-        *word ^= *word << 13;
-        *word ^= *word >> 7;
-        *word ^= *word << 17;
+fn step(state: &mut Line, strides: &Line) -> Line {
+    let mut line = [0; LANES];
+    for lane in 0..LANES {
+        state[lane] = state[lane].wrapping_add(strides[lane]);
+        line[lane] = state[lane] ^ (state[lane] >> 29);
     }
+    line
 }
 
 fn fold(line: &Line) -> u64 {
@@ -89,11 +94,11 @@ fn header(identity: &Identity, counter: u64, checksum: u64) -> Line {
 /// # Safety
 /// `at` must be a page that the caller alone uses.
 pub unsafe fn write(at: *mut u64, identity: &Identity, counter: u64) {
-    let mut line = streams(identity, counter);
+    let (mut state, strides) = streams(identity, counter);
     let mut sums = [0; LANES];
     let lines = at.cast::<Line>();
     for index in 1..WORDS / LANES {
-        step(&mut line);
+        let line = step(&mut state, &strides);
         for (sum, word) in sums.iter_mut().zip(&line) {
             *sum ^= word;
         }
@@ -141,11 +146,11 @@ pub unsafe fn check(at: *const u64, identity: &Identity, expected: u64) -> Found
             Found::Torn(counter)
         };
     }
-    let mut line = streams(&claimed, counter);
+    let (mut state, strides) = streams(&claimed, counter);
     let mut sums = [0; LANES];
     let mut differences = [0; LANES];
     for index in 1..WORDS / LANES {
-        step(&mut line);
+        let line = step(&mut state, &strides);
         // SAFETY: as above.
         let there: Line = unsafe { lines.add(index).read() };
         for lane in 0..LANES {

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::page::{self, Found};
 use crate::rt::machine::MAX_CPUS;
-use crate::rt::{self, clock, serial, service};
+use crate::rt::{clock, power, serial, service};
 use crate::set::{Pattern, WorkingSet};
 
 /// Pages written or checked between two looks at the clock.
@@ -354,8 +354,8 @@ impl Worker {
         while let Some(byte) = serial::receive() {
             match byte {
                 b'v' => self.verdict(),
-                b'q' => rt::power_off(),
-                b'r' => rt::reset(),
+                b'q' => power::power_off(),
+                b'r' => power::reset(),
                 _ => {}
             }
         }

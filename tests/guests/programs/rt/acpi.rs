@@ -1,4 +1,5 @@
-//! The APIC ids of the machine's CPUs, from the ACPI MADT (ACPI 6.5, section 5.2.12).
+//! ACPI tables: how to find one, and the APIC ids of the machine's CPUs from the MADT (ACPI 6.5, section
+//! 5.2.12).
 
 use super::machine::MAX_CPUS;
 
@@ -14,19 +15,22 @@ const HEADER: u64 = 36;
 /// No sane table is larger; a wild length must not walk through RAM.
 const MAX_TABLE: u32 = 1 << 16;
 
+/// Reads from a table.
+///
 /// # Safety
 /// `at` must be a mapped guest-physical address.
-unsafe fn read<T: Copy>(at: u64) -> T {
+pub(super) unsafe fn read<T: Copy>(at: u64) -> T {
     // SAFETY: the caller's promise; tables are not aligned.
     unsafe { (at as *const T).read_unaligned() }
 }
 
 /// Addresses that the boot page tables map.
-fn mapped(at: u64) -> bool {
+pub(super) fn mapped(at: u64) -> bool {
     at != 0 && at < (1 << 32) - u64::from(MAX_TABLE)
 }
 
-fn find_madt(rsdp: u64) -> Option<u64> {
+/// The first table with this signature.
+pub(super) fn find_table(rsdp: u64, signature: &[u8; 4]) -> Option<u64> {
     if !mapped(rsdp) {
         return None;
     }
@@ -53,7 +57,7 @@ fn find_madt(rsdp: u64) -> Option<u64> {
             } else {
                 u64::from(read::<u32>(root + at))
             };
-            if mapped(table) && &read::<[u8; 4]>(table) == b"APIC" {
+            if mapped(table) && &read::<[u8; 4]>(table) == signature {
                 return Some(table);
             }
             at += entry_size;
@@ -64,12 +68,12 @@ fn find_madt(rsdp: u64) -> Option<u64> {
 
 /// The enabled CPUs, or `None` without usable tables.
 pub fn apic_ids(rsdp: u64) -> Option<ApicIds> {
-    let madt = find_madt(rsdp)?;
+    let madt = find_table(rsdp, b"APIC")?;
     let mut found = ApicIds {
         ids: [0; MAX_CPUS],
         len: 0,
     };
-    // SAFETY: `find_madt` returned a mapped table; its length is bounded.
+    // SAFETY: `find_table` returned a mapped table; its length is bounded.
     unsafe {
         let length = u64::from(read::<u32>(madt + 4).min(MAX_TABLE));
         let mut at = HEADER + 8;

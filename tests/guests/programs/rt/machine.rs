@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use super::acpi::{self, ApicIds};
 use super::params::Params;
-use super::{clock, serial, service};
+use super::{clock, power, serial, service};
 
 /// Most CPUs; `boot.s` has tables for as many.
 pub const MAX_CPUS: usize = 64;
@@ -109,6 +109,7 @@ impl Machine {
         machine.read_memmap(&info);
         machine.map_high_ram();
         clock::calibrate();
+        power::discover(info.rsdp_paddr);
         machine.apic_ids = acpi::apic_ids(info.rsdp_paddr).unwrap_or_else(|| {
             // Without tables: ids 0, 1, … as every VMM gives them to few CPUs.
             let cpus = machine

@@ -27,6 +27,7 @@ pub mod clock;
 pub mod machine;
 pub mod params;
 pub mod percpu;
+pub mod power;
 pub mod serial;
 pub mod service;
 pub mod smp;
@@ -56,20 +57,4 @@ extern "C" fn ring3_entry(index: usize, start_info: usize) -> ! {
     }
     let machine = Machine::discover(start_info);
     crate::main(&machine)
-}
-
-/// Ends the machine: ACPI S5 through the sleep control register of the hardware-reduced ACPI that
-/// this project's machines have, at port 0x600 (SLP_EN | SLP_TYP 5, ACPI 6.5 section 4.8.3.7); where
-/// that does nothing the CPU stops.
-pub fn power_off() -> ! {
-    serial::outb(0x600, 0x20 | (5 << 2));
-    service::halt()
-}
-
-/// Resets the machine: the ACPI reset register at port 0x602, then the keyboard controller, then a
-/// triple fault.
-pub fn reset() -> ! {
-    serial::outb(0x602, 1);
-    serial::outb(0x64, 0xfe);
-    service::triple_fault()
 }
