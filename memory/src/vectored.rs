@@ -127,6 +127,7 @@ fn skip(mut vectors: &mut [libc::iovec], mut done: usize) -> &mut [libc::iovec] 
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
@@ -168,7 +169,7 @@ mod tests {
                 .expect("sent");
             });
             let mut head = [0; 4];
-            std::io::Read::read_exact(&mut &b, &mut head).expect("head");
+            Read::read_exact(&mut &b, &mut head).expect("head");
             assert_eq!(&head, b"head");
             let pages: Vec<_> = (0..3000)
                 .map(|i| to.pages(0, i, 1).expect("in range"))

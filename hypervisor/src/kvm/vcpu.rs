@@ -132,7 +132,7 @@ impl RunPage {
                     self.run.cast::<u8>().add(offset),
                     into.as_mut_ptr(),
                     into.len(),
-                )
+                );
             };
         }
     }
@@ -149,7 +149,7 @@ impl RunPage {
                     from.as_ptr(),
                     self.run.cast::<u8>().add(offset),
                     from.len(),
-                )
+                );
             };
         }
     }
@@ -184,7 +184,7 @@ impl RunPage {
             bus.mmio_read(mmio.phys_addr, &mut mmio.data[..len]);
             // SAFETY: as in `field!`, for writing.
             unsafe {
-                addr_of_mut!((*self.run).__bindgen_anon_1.mmio.data).write_volatile(mmio.data)
+                addr_of_mut!((*self.run).__bindgen_anon_1.mmio.data).write_volatile(mmio.data);
             };
         }
     }
@@ -241,7 +241,7 @@ impl Vcpu for KvmVcpu {
                 KVM_EXIT_IO => self.page.serve_io(bus),
                 KVM_EXIT_MMIO => self.page.serve_mmio(bus),
                 KVM_EXIT_IOAPIC_EOI => {
-                    bus.end_of_interrupt(field!(self.page, __bindgen_anon_1.eoi.vector))
+                    bus.end_of_interrupt(field!(self.page, __bindgen_anon_1.eoi.vector));
                 }
                 // Only asked for by a user-space local APIC, which there is not.
                 KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_SET_TPR => {}

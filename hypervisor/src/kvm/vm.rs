@@ -189,7 +189,7 @@ impl Vm for KvmVm {
     }
 
     unsafe fn map_memory(&self, slot: MemorySlot) -> Result<()> {
-        if slot.len == 0 || (slot.len | slot.gpa | slot.hva) % PAGE != 0 {
+        if slot.len == 0 || !(slot.len | slot.gpa | slot.hva).is_multiple_of(PAGE) {
             return Err(Error::Invalid(format!(
                 "memory slot {} ({:#x} bytes at {:#x}) is empty or not page aligned",
                 slot.slot, slot.len, slot.gpa

@@ -144,15 +144,15 @@ fn wrong_ranges_are_refused_before_kvm_sees_them() {
     guest.ram.write(CODE, &[0xf4]);
     let (vm, slot) = (&guest.vm, guest.slot);
     assert!(
-        vm.fetch_dirty_log(slot, &mut vec![0; WORDS]).is_err(),
+        vm.fetch_dirty_log(slot, &mut [0; WORDS]).is_err(),
         "tracking is not on"
     );
     vm.start_dirty_log(slot).expect("start");
     assert!(
-        vm.fetch_dirty_log(slot, &mut vec![0; WORDS - 1]).is_err(),
+        vm.fetch_dirty_log(slot, &mut [0; WORDS - 1]).is_err(),
         "too few words"
     );
-    let words = vec![0; WORDS];
+    let words = [0; WORDS];
     for (first, pages, words) in [
         (1, 64, &words[..]),
         (0, 63, &words[..]),
@@ -170,7 +170,7 @@ fn wrong_ranges_are_refused_before_kvm_sees_them() {
         ..slot
     };
     assert!(
-        vm.fetch_dirty_log(other, &mut vec![0; WORDS]).is_err(),
+        vm.fetch_dirty_log(other, &mut [0; WORDS]).is_err(),
         "the slot has another length"
     );
     assert!(
@@ -190,15 +190,15 @@ fn a_slot_mapped_again_stays_tracked_and_a_removed_one_does_not() {
     vm.start_dirty_log(slot).expect("start");
     // SAFETY: as in `Guest::new`.
     unsafe { vm.map_memory(slot) }.expect("map again");
-    vm.fetch_dirty_log(slot, &mut vec![0; WORDS])
+    vm.fetch_dirty_log(slot, &mut [0; WORDS])
         .expect("still tracked");
     vm.unmap_memory(slot).expect("unmap");
     assert!(vm.unmap_memory(slot).is_err());
-    assert!(vm.fetch_dirty_log(slot, &mut vec![0; WORDS]).is_err());
+    assert!(vm.fetch_dirty_log(slot, &mut [0; WORDS]).is_err());
     // SAFETY: as in `Guest::new`.
     unsafe { vm.map_memory(slot) }.expect("map");
     assert!(
-        vm.fetch_dirty_log(slot, &mut vec![0; WORDS]).is_err(),
+        vm.fetch_dirty_log(slot, &mut [0; WORDS]).is_err(),
         "tracking has ended with the slot"
     );
 }

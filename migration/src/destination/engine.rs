@@ -222,7 +222,7 @@ mod tests {
                 );
                 match failure {
                     Failure::Local => {
-                        assert_eq!(done, [Action::Discard, Action::TellPeer], "{step:?}")
+                        assert_eq!(done, [Action::Discard, Action::TellPeer], "{step:?}");
                     }
                     Failure::PeerGone => assert_eq!(done, [Action::Discard], "{step:?}"),
                 }

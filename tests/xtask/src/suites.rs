@@ -147,7 +147,7 @@ fn cargo_test(tally: &mut Tally, name: &str, select: &[&str], harness: &[&str]) 
     command.env("LAB_CACHE", debian::cache());
     let mut suite = Tally::default();
     let status = run::streamed(command, &format!("cargo {}", args.join(" ")), |line| {
-        suite.read_line(line)
+        suite.read_line(line);
     })?;
     if !status.success() && suite.failed == 0 {
         suite.fail(

@@ -25,8 +25,10 @@ use crate::service::{
 
 type Answer = Result<HttpResponse, Problem>;
 
+type MakeRequest = fn() -> Request;
+
 /// `PUT` endpoints without a body whose answer is 204.
-const ACTIONS: &[(&str, fn() -> Request)] = &[
+const ACTIONS: &[(&str, MakeRequest)] = &[
     ("vmm.shutdown", || Request::VmmShutdown),
     ("vm.boot", || Request::Boot),
     ("vm.pause", || Request::Pause),

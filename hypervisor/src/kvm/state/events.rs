@@ -59,7 +59,7 @@ fn from_kvm(e: &kvm_vcpu_events) -> PendingEvents {
                 .then_some(e.exception_payload),
             injected: e.exception.injected != 0,
         });
-    let interrupt = (e.interrupt.injected != 0).then(|| PendingInterrupt {
+    let interrupt = (e.interrupt.injected != 0).then_some(PendingInterrupt {
         vector: e.interrupt.nr,
         soft: e.interrupt.soft != 0,
     });

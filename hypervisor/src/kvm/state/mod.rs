@@ -32,18 +32,18 @@ use super::call;
 use super::vcpu::KvmVcpu;
 use crate::{Error, Result};
 
+type Save = fn(&KvmVcpu, &mut VcpuState) -> Result<()>;
+type Restore = fn(&KvmVcpu, &VcpuState) -> Result<()>;
+
 /// How one element is saved and restored.
 struct Codec {
-    save: fn(&KvmVcpu, &mut VcpuState) -> Result<()>,
-    restore: fn(&KvmVcpu, &VcpuState) -> Result<()>,
+    save: Save,
+    restore: Restore,
 }
 
 /// The codec of an element.
 fn codec(element: StateElement) -> Codec {
-    let (save, restore): (
-        fn(&KvmVcpu, &mut VcpuState) -> Result<()>,
-        fn(&KvmVcpu, &VcpuState) -> Result<()>,
-    ) = match element {
+    let (save, restore): (Save, Restore) = match element {
         StateElement::TscFrequency => (save_tsc_frequency, restore_tsc_frequency),
         StateElement::Special => (registers::save_special, registers::restore_special),
         StateElement::General => (registers::save_general, registers::restore_general),

@@ -250,14 +250,14 @@ fn chain(folder: &Folder) -> Result<()> {
             "working_set_mib=96 hot_mib={hot} rate={rate} pattern={pattern} seed={}",
             random.next(1 << 30)
         );
-        let context = || format!("after {done} moves, seed {seed}: {vcpus} vCPUs, {cmdline}");
+        let context = |done| format!("after {done} moves, seed {seed}: {vcpus} vCPUs, {cmdline}");
         let mut from = Vmm::serve(folder, "a")?;
         let mut to = Vmm::serve(folder, "b")?;
         from.boot(memory_guest(folder, 192, vcpus as u32, &cmdline)?)?;
         from.console()?.line("memory: ready", LIMIT)?;
         for _ in 0..10.min(moves - done) {
-            move_guest(&from, &to, "tcp:127.0.0.1:0").with_context(context)?;
-            expect_ok(&mut to.console()?).with_context(context)?;
+            move_guest(&from, &to, "tcp:127.0.0.1:0").with_context(|| context(done))?;
+            expect_ok(&mut to.console()?).with_context(|| context(done))?;
             from.api().put("vm.delete", &Value::Null)?;
             std::mem::swap(&mut from, &mut to);
             done += 1;
