@@ -42,6 +42,7 @@ fn field(field: &'static str, problem: impl Into<String>, fix: impl Into<String>
 
 /// Everything a machine is made from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VmConfig {
     /// vCPUs.
     #[serde(default)]
@@ -239,11 +240,11 @@ impl std::str::FromStr for SerialConfig {
             ("null", None) => SerialMode::Null,
             ("pty", None) => SerialMode::Pty,
             ("tty", None) => SerialMode::Tty,
-            ("file", Some(path)) => {
+            ("file", Some(path)) if !path.as_os_str().is_empty() => {
                 config.file = Some(path);
                 SerialMode::File
             }
-            ("socket", Some(path)) => {
+            ("socket", Some(path)) if !path.as_os_str().is_empty() => {
                 config.socket = Some(path);
                 SerialMode::Socket
             }

@@ -79,6 +79,11 @@ pub(crate) fn offered(mut cpuid: Cpuid, tsc_deadline: bool) -> Cpuid {
     let amx = cpuid
         .get(0xd, 0)
         .is_some_and(|e| e.eax & XCR0_AMX == XCR0_AMX);
+    // Tile information and TMUL information. A leaf that is not listed reads as zeros, and some KVMs do not keep these
+    // two when they are.
+    cpuid
+        .entries
+        .retain(|entry| amx || !matches!(entry.leaf, 0x1d | 0x1e));
     for entry in &mut cpuid.entries {
         match (entry.leaf, entry.subleaf.unwrap_or(0)) {
             (1, _) => {
@@ -91,10 +96,6 @@ pub(crate) fn offered(mut cpuid: Cpuid, tsc_deadline: bool) -> Cpuid {
             (7, 1) if !amx => {
                 entry.eax &= !LEAF7_1_EAX_AMX;
                 entry.edx &= !LEAF7_1_EDX_AMX;
-            }
-            // Tile information and TMUL information: all zero without AMX.
-            (0x1d | 0x1e, _) if !amx => {
-                (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
             }
             _ => {}
         }

@@ -50,7 +50,7 @@ fn every_field_is_read() {
             "boot_vcpus": 4, "max_vcpus": 4,
             "topology": {"threads_per_core": 2, "cores_per_die": 2, "dies_per_package": 1, "packages": 1},
         },
-        "memory": {"size": 4 << 30, "hugepages": true, "hugepage_size": 1 << 30, "thp": false},
+        "memory": {"size": 4u64 << 30, "hugepages": true, "hugepage_size": 1 << 30, "thp": false},
         "payload": {"cmdline": "console=ttyS0", "initramfs": "initrd"},
         "serial": {"mode": "File", "file": "log"},
         "console": {"mode": "Null"},

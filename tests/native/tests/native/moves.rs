@@ -251,8 +251,8 @@ fn chain(folder: &Folder) -> Result<()> {
             random.next(1 << 30)
         );
         let context = |done| format!("after {done} moves, seed {seed}: {vcpus} vCPUs, {cmdline}");
-        let mut from = Vmm::serve(folder, "a")?;
-        let mut to = Vmm::serve(folder, "b")?;
+        let mut from = Vmm::serve(folder, &format!("a{done}"))?;
+        let mut to = Vmm::serve(folder, &format!("b{done}"))?;
         from.boot(memory_guest(folder, 192, vcpus as u32, &cmdline)?)?;
         from.console()?.line("memory: ready", LIMIT)?;
         for _ in 0..10.min(moves - done) {
