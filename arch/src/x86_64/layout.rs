@@ -8,6 +8,7 @@
 //! 0x0002_0000  kernel command line          0x1_0000_0000  high RAM begins
 //! 0x0009_fc00  end of conventional memory
 //! 0x000e_0000  ACPI RSDP and tables
+//! 0x000f_fff0  reset vector
 //! 0x0010_0000  kernel
 //! ```
 
@@ -33,6 +34,8 @@ pub const CMDLINE_MAX: usize = 2048;
 pub const EBDA: u64 = 0x9_fc00;
 /// ACPI RSDP; the other tables follow.
 pub const ACPI_TABLES: u64 = 0xe_0000;
+/// Where a processor in real mode goes to reset the machine (F000:FFF0), up to 1 MiB.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where the kernel may begin.
 pub const HIGH_RAM: u64 = 0x10_0000;
 

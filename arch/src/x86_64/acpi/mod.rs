@@ -25,7 +25,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 use super::layout::{
     ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT,
-    ACPI_TABLES, HIGH_RAM,
+    ACPI_TABLES, RESET_VECTOR,
 };
 
 const OEM_ID: [u8; 6] = *b"VMM   ";
@@ -34,7 +34,7 @@ const OEM_REVISION: u32 = 1;
 /// Every table starts at a multiple of this.
 const ALIGNMENT: usize = 64;
 /// Room for all tables.
-const MAX_LEN: usize = (HIGH_RAM - ACPI_TABLES) as usize;
+const MAX_LEN: usize = (RESET_VECTOR - ACPI_TABLES) as usize;
 
 // FADT IA-PC boot architecture flags (ACPI 6.5, table 5.11).
 const BOOT_ARCH_LEGACY_DEVICES: u16 = 1;

@@ -32,11 +32,29 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, ReadVolatile};
 pub use self::error::BootError;
 use self::kernel::{Image, Kernel};
 pub use self::memory_map::{MemoryKind, MemoryMap, MemoryMapEntry};
-use super::layout::{CMDLINE, CMDLINE_MAX};
+use super::layout::{ACPI_RESET_PORT, ACPI_RESET_VALUE, CMDLINE, CMDLINE_MAX, RESET_VECTOR};
 use super::state::VcpuState;
 
 /// Guest page size.
 const PAGE: u64 = 4096;
+
+/// What stands at the reset vector, where a PC has its firmware: 16-bit code that asks for a reset.
+///
+/// Linux goes there to reboot when ACPI is hardware-reduced and there is no EFI (`machine_real_restart`).
+const RESET_CODE: [u8; 9] = {
+    let [port_low, port_high] = ACPI_RESET_PORT.to_le_bytes();
+    [
+        0xb0,
+        ACPI_RESET_VALUE, // mov al, value
+        0xba,
+        port_low,
+        port_high, // mov dx, port
+        0xee,      // out dx, al
+        0xf4,      // hlt
+        0xeb,
+        0xfd, // jmp to the hlt
+    ]
+};
 
 /// What a guest is started from.
 #[derive(Debug)]
@@ -138,6 +156,7 @@ where
             linux64::write(mem, &map, &loaded, bz)?,
         ),
     };
+    write(mem, "the reset vector", RESET_VECTOR, &RESET_CODE)?;
     let gdt = registers::boot_gdt(protocol);
     write(mem, "the boot GDT", super::layout::BOOT_GDT, &gdt)?;
     Ok(BootPlan {

@@ -1,6 +1,8 @@
 # What scripts do with a stock guest under the product. VCPUS is how many the guest has.
 
 # boot NAME: runs the guest of /vm.json to its shell; its API is at /tmp/NAME.sock.
+export VMM_LOG=${VMM_LOG:-info}
+
 boot() {
     start "$1" vmm run --config /vm.json --api-socket "/tmp/$1.sock"
     expect "$1" GUEST-UP

@@ -37,6 +37,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             ));
         }
     }
+    trials.push(guest_trial("boot::reset_and_power_off", resets));
     trials
 }
 
@@ -59,5 +60,43 @@ fn boots(folder: &Folder, vcpus: u32, memory: &Value) -> Result<()> {
         vmm.resident_bytes()? < 64 << 20,
         "the guest's memory was not freed"
     );
+    Ok(())
+}
+
+/// By ACPI, as the guest finds it in the tables.
+fn resets(folder: &Folder) -> Result<()> {
+    let vmm = Vmm::serve(folder, "vmm")?;
+    vmm.boot(memory_guest(
+        folder,
+        128,
+        2,
+        "working_set_mib=32 rate=2000",
+    )?)?;
+    for _ in 0..2 {
+        let mut console = vmm.console()?;
+        console.line("memory: ready", LIMIT)?;
+        console.send(&[guests::ASK_RESET])?;
+        // The port of the machine that was reset is closed; a new one appears in its place.
+        while console.line("memory:", LIMIT).is_ok() {}
+    }
+    let mut console = vmm.console()?;
+    let verdict = console.verdict()?;
+    ensure!(verdict.ends_with("ok"), "{verdict}");
+    console.send(&[guests::ASK_POWER_OFF])?;
+    let deadline = std::time::Instant::now() + LIMIT;
+    while vmm.api().state()? != "Shutdown" {
+        ensure!(
+            std::time::Instant::now() < deadline,
+            "the guest is {}",
+            vmm.api().state()?
+        );
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    ensure!(
+        vmm.resident_bytes()? < 64 << 20,
+        "the guest's memory was not freed"
+    );
+    vmm.api().put("vm.boot", &Value::Null)?;
+    vmm.console()?.line("memory: ready", LIMIT)?;
     Ok(())
 }

@@ -148,3 +148,13 @@ fn guest_memory_beside_what_is_loaded_stays_untouched() {
     assert_eq!(read::<4096>(&mem, HIGH_RAM), [0x77; 4096]);
     assert_eq!(read::<4096>(&mem, 32 * MIB), [0x77; 4096]);
 }
+
+#[test]
+fn the_reset_vector_asks_for_a_reset() {
+    let mem = memory(64 * MIB);
+    load_into(&mem, 64 * MIB, &elf(), None, "").expect("loads");
+    assert_eq!(
+        read::<9>(&mem, 0xf_fff0),
+        [0xb0, 1, 0xba, 0x02, 0x06, 0xee, 0xf4, 0xeb, 0xfd]
+    );
+}
