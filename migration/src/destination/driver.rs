@@ -242,14 +242,12 @@ impl Driver<'_> {
         let total = ram.total_bytes();
         self.control.update(|progress| progress.bytes_total = total);
         self.ram = Some(ram);
-        rustix::rand::getrandom(&mut self.session, rustix::rand::GetRandomFlags::empty()).map_err(
-            |error| {
-                Trouble::local(Cause::Host {
-                    doing: "choosing a session's number",
-                    error: error.into(),
-                })
-            },
-        )?;
+        getrandom::fill(&mut self.session).map_err(|error| {
+            Trouble::local(Cause::Host {
+                doing: "choosing a session's number",
+                error: error.into(),
+            })
+        })?;
         let accept = Accept {
             session: self.session,
             data_channels: DATA_CHANNELS,

@@ -9,8 +9,9 @@ use zerocopy::IntoBytes;
 
 use super::convergence::{Limits, RoundStats};
 use super::engine::{Action, End, Engine, Event, Failure};
+use super::link::{Link, Trouble, check_round_done, not_open, receive, send_message, unexpected};
 use super::round::{Round, Totals};
-use crate::channel::{Channel, Limit, Patience, Stop};
+use crate::channel::{Limit, Patience, Stop};
 use crate::connect::connect;
 use crate::control::{Wake, milliseconds};
 use crate::protocol::batch::{ATTACH_MAGIC, Attach};
@@ -18,12 +19,9 @@ use crate::protocol::hello::HelloBody;
 use crate::protocol::message::{Abort, Message, State};
 use crate::protocol::{ProtocolError, VERSIONS};
 use crate::{
-    Cause, MachineError, MoveControl, MoveUrl, Phase, RoundProgress, SendError, SendOptions,
-    SendReport, SourceMachine, SourceOutcome,
+    Cause, MoveControl, MoveUrl, Phase, RoundProgress, SendError, SendOptions, SendReport,
+    SourceMachine, SourceOutcome,
 };
-
-/// How long a broken connection is searched for the other side's reason.
-const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Moves a machine away.
 ///
@@ -81,57 +79,11 @@ pub fn send(
     driver.result(end, &engine)
 }
 
-/// An action that failed: why, and what that means for who owns the guest.
-#[derive(Debug)]
-pub(super) struct Trouble {
-    cause: Cause,
-    failure: Failure,
-}
-
-impl Trouble {
-    /// Something on this side; the destination can still be told.
-    pub(super) fn local(cause: impl Into<Cause>) -> Self {
-        Self {
-            cause: cause.into(),
-            failure: Failure::Local,
-        }
-    }
-
-    /// A wait that ended, an alarm excepted.
-    pub(super) fn from_stop(stop: Stop, doing: &'static str) -> Self {
-        let failure = match stop {
-            Stop::Lost(_) | Stop::Alarm => Failure::PeerLost,
-            Stop::Cancelled | Stop::Timeout(_) | Stop::Protocol(_) => Failure::Local,
-        };
-        Self {
-            cause: stop.into_cause(doing),
-            failure,
-        }
-    }
-
-    fn peer_says_no(cause: Cause) -> Self {
-        Self {
-            cause,
-            failure: Failure::PeerSaysNo,
-        }
-    }
-
-    fn machine(doing: &'static str) -> impl FnOnce(MachineError) -> Self {
-        move |error| Self::local(Cause::Machine { doing, error })
-    }
-}
-
 /// What the guest does while a round is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guest {
     Runs,
     StandsStill,
-}
-
-/// The connections of a move.
-struct Link {
-    control: Channel,
-    data: Option<Channel>,
 }
 
 struct Driver<'a> {
@@ -573,76 +525,10 @@ impl Driver<'_> {
         });
     }
 
-    /// A connection that breaks often does so because the other side has given up: then it has said why on the control
-    /// channel, which is both a better message and a proof.
     fn last_words(&self, trouble: Trouble) -> Trouble {
-        let Some(link) = &self.link else {
-            return trouble;
-        };
-        if trouble.failure != Failure::PeerLost {
-            return trouble;
-        }
-        let patience = Patience {
-            wake: None,
-            alarm: None,
-            limit: Limit::within(LAST_WORDS),
-            doing: "looking for the reason",
-        };
-        match receive(&link.control, &patience) {
-            Err(said) if said.failure == Failure::PeerSaysNo => said,
-            _ => trouble,
+        match &self.link {
+            Some(link) => link.last_words(trouble),
+            None => trouble,
         }
     }
-}
-
-fn not_open() -> std::io::Error {
-    std::io::ErrorKind::NotConnected.into()
-}
-
-fn send_message(
-    channel: &Channel,
-    message: &Message,
-    patience: &Patience<'_>,
-) -> Result<(), Trouble> {
-    channel
-        .send(message, patience)
-        .map_err(|error| Trouble::from_stop(error.stop, patience.doing))
-}
-
-/// The next message, unless the destination says no.
-fn receive(channel: &Channel, patience: &Patience<'_>) -> Result<Message, Trouble> {
-    match channel.receive(patience) {
-        Ok(Message::Abort(abort)) => Err(Trouble::peer_says_no(Cause::PeerGaveUp {
-            reason: abort.reason,
-        })),
-        Ok(Message::Refuse(refuse)) => Err(Trouble::peer_says_no(Cause::Refused(refuse.reasons))),
-        Ok(message) => Ok(message),
-        Err(stop) => Err(Trouble::from_stop(stop, patience.doing)),
-    }
-}
-
-fn unexpected(found: &Message, expected: &'static str) -> Trouble {
-    Trouble::local(ProtocolError::Unexpected {
-        found: found.name(),
-        expected,
-    })
-}
-
-fn check_round_done(message: &Message, round: u32, totals: &Totals) -> Result<(), Trouble> {
-    let Message::RoundDone(done) = message else {
-        return Err(unexpected(message, "round_done"));
-    };
-    for (field, found, expected) in [
-        ("round", u64::from(done.round), u64::from(round)),
-        ("number of bytes in the round", done.bytes, totals.payload),
-    ] {
-        if found != expected {
-            return Err(Trouble::local(ProtocolError::Mismatch {
-                field,
-                found,
-                expected,
-            }));
-        }
-    }
-    Ok(())
 }

@@ -4,6 +4,7 @@
 //!   driver ──── Action ◄──── engine       what comes next, and who owns the guest (no I/O)
 //!     │  └────── Event ─────►  │
 //!     │                        └── convergence   another round, pause, or give up (no I/O)
+//!     ├── link                           the connections, and what it means when they fail
 //!     └── round                          one round: re-arm, find zeros, send runs
 //! ```
 //!
@@ -13,6 +14,7 @@
 pub mod convergence;
 mod driver;
 pub mod engine;
+mod link;
 mod round;
 
 pub use driver::send;

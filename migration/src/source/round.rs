@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use memory::{GuestPages, GuestRam, PAGE_SIZE, PageBitmap, Piece};
 use zerocopy::IntoBytes;
 
-use super::driver::Trouble;
+use super::link::Trouble;
 use crate::channel::{Channel, Patience};
 use crate::protocol::batch::{BatchHeader, ENCODING_RAW, ENCODING_ZERO, MAX_RUNS, RunDescriptor};
 use crate::{Cause, SourceMachine};

@@ -98,8 +98,6 @@ fn reach_memory(address: &str, stream: &mut TcpStream) -> TcpStream {
         reserved: [0; 6],
     };
     data.write_all(attach.as_bytes()).expect("sent");
-    // What comes on the control channel before the destination has seen the data channel is refused earlier.
-    std::thread::sleep(Duration::from_millis(200));
     data
 }
 
@@ -333,6 +331,8 @@ fn a_source_that_breaks_the_order_or_vanishes() {
     for (words, phase, play) in cases {
         let (error, _) = play_source(|address, stream| {
             let mut data = reach_memory(address, stream);
+            // What comes on the control channel before the destination has seen the data channel is refused earlier.
+            std::thread::sleep(Duration::from_millis(300));
             play(stream, &mut data);
             // The data channel stays open as long as the control channel does.
             while read_message(stream).is_some() {}
@@ -631,5 +631,49 @@ fn after_the_commit_only_a_no_brings_the_guest_back() {
             );
             assert!(!matches!(error.cause, Cause::Cancelled));
         }
+    }
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { cases: 64, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn no_noise_does_harm(
+        noise in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..2000),
+        runs in proptest::collection::vec((0..50_000u64, 0..40u32, 0..3u16), 0..20),
+        payload in 0..200_000u64,
+        stage in 0..4u8,
+    ) {
+        let (error, _) = play_source(|address, stream| {
+            // The destination may end the connection at any point of this.
+            let half_closed = |stream: &TcpStream| {
+                let _ = stream.shutdown(std::net::Shutdown::Write);
+            };
+            if stage == 0 {
+                stream.write_all(&hello(VERSIONS)).expect("sent");
+                let _ = stream.write_all(&noise);
+                read_hello(stream);
+            } else {
+                let mut data = reach_memory(address, stream);
+                if stage == 1 {
+                    let _ = stream.write_all(&noise);
+                } else {
+                    // A table that is well formed but for its values, or not at all.
+                    let table: Vec<_> = runs
+                        .iter()
+                        .map(|&(page, pages, encoding)| RunDescriptor::new(page * PAGE_SIZE, pages, encoding))
+                        .collect();
+                    let header = BatchHeader::pages(1, table.len() as u32, payload);
+                    let _ = data.write_all(header.as_bytes());
+                    if stage == 2 {
+                        let _ = data.write_all(table.as_bytes());
+                    }
+                    let _ = data.write_all(&noise);
+                }
+                half_closed(&data);
+            }
+            half_closed(stream);
+        });
+        proptest::prop_assert!(!error.is_cancelled(), "{}", error);
     }
 }

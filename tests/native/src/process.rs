@@ -83,6 +83,7 @@ pub struct Vmm {
     child: Child,
     api: Api,
     name: String,
+    socket: PathBuf,
     stderr: PathBuf,
     serial: PathBuf,
 }
@@ -104,6 +105,7 @@ impl Vmm {
             child,
             api: Api::at(&socket),
             name: name.to_owned(),
+            socket,
             stderr,
             serial: folder.join(format!("{name}.serial")),
         };
@@ -210,6 +212,10 @@ impl Vmm {
 impl Drop for Vmm {
     fn drop(&mut self) {
         self.kill();
+        // What a killed process leaves behind, so that the name can be used again.
+        for socket in [&self.socket, &self.serial] {
+            let _ = std::fs::remove_file(socket);
+        }
         if std::thread::panicking() || std::env::var_os("NATIVE_LOGS").is_some() {
             eprintln!("--- vmm {}:\n{}", self.name, self.log());
         }

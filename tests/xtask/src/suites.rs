@@ -34,18 +34,6 @@ impl Suite {
     }
 }
 
-/// The crates whose own tests make up the suite `unit`.
-const UNIT: [&str; 8] = [
-    "arch",
-    "memory",
-    "hypervisor",
-    "devices",
-    "migration",
-    "vmm",
-    "guests",
-    "xtask",
-];
-
 /// The suites of these names in the order of a full run, all of them for no name.
 pub(crate) fn select(names: &[String]) -> Result<Vec<Suite>, String> {
     if let Some(unknown) = names
@@ -81,7 +69,7 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
         match suite {
             Suite::Static => checks::run(&mut tally)?,
             Suite::Unit => unit(&mut tally)?,
-            Suite::Native => cargo_test(&mut tally, "native", &["-p", "native"], &[])?,
+            Suite::Native => cargo_test(&mut tally, "native", &["--test", "native"], &[])?,
             Suite::Lab => lab(&mut tally)?,
         }
         if tally.total() == before {
@@ -118,26 +106,23 @@ fn build_vmm(tally: &mut Tally) -> Result<()> {
 }
 
 fn unit(tally: &mut Tally) -> Result<()> {
-    let packages: Vec<&str> = UNIT.iter().flat_map(|name| ["-p", name]).collect();
-    cargo_test(tally, "unit", &packages, &[])?;
-    // The lab's own small parts; its other target is the suite `lab`.
-    cargo_test(tally, "unit::lab", &["-p", "lab", "--lib"], &[])
+    cargo_test(tally, "unit", &["--lib", "--bins"], &[])?;
+    // The other targets of these two are suites of their own.
+    let others = ["--exclude", "native", "--exclude", "lab", "--test", "*"];
+    cargo_test(tally, "unit::integration", &others, &[])
 }
 
 fn lab(tally: &mut Tally) -> Result<()> {
     // What is missing afterwards is said by each test that needs it, as the reason of a skip.
     debian::prepare_lab();
-    cargo_test(
-        tally,
-        "lab",
-        &["-p", "lab", "--test", "lab"],
-        &["--test-threads=2"],
-    )
+    cargo_test(tally, "lab", &["--test", "lab"], &["--test-threads=2"])
 }
 
 /// One `cargo test`: every binary runs even after a failure, and what does not build is a failure.
+///
+/// Always of the whole workspace: with fewer packages cargo picks fewer features of what they share, and builds that anew.
 fn cargo_test(tally: &mut Tally, name: &str, select: &[&str], harness: &[&str]) -> Result<()> {
-    let mut args = vec!["test", "--release", "--no-fail-fast"];
+    let mut args = vec!["test", "--release", "--workspace", "--no-fail-fast"];
     args.extend(select);
     if !harness.is_empty() {
         args.push("--");

@@ -38,7 +38,14 @@ impl Host {
         signals::on_stop(
             move || {
                 eprintln!("vmm: stopping; a second signal ends the process at once");
-                service.submit(Request::VmmShutdown, Box::new(|_| ()));
+                service.submit(
+                    Request::VmmShutdown,
+                    Box::new(|reply| {
+                        if let Err(error) = reply {
+                            eprintln!("vmm: not stopping: {error}");
+                        }
+                    }),
+                );
             },
             move || leave_tidy(terminal.as_ref(), socket),
         )?;

@@ -63,7 +63,8 @@ fn report(job: &Job, api_socket: &str, json: bool) -> ExitCode {
             ExitCode::from(FAILED)
         }
         Status::Failed | Status::Running => {
-            eprintln!("vmm: the move failed, the guest runs on here: {reason}");
+            // The reason says where the guest is.
+            eprintln!("vmm: {reason}");
             ExitCode::from(FAILED)
         }
         Status::InDoubt => {

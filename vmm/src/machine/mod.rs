@@ -24,6 +24,7 @@ mod demand;
 mod destination;
 mod devices;
 mod instance;
+mod moves;
 mod owner;
 mod source;
 mod vcpus;
