@@ -184,7 +184,7 @@ fn sources_that_make_no_sense_before_memory() {
         );
         match last {
             Some(Message::Abort(abort)) => {
-                assert!(abort.reason.contains(words), "{}", abort.reason)
+                assert!(abort.reason.contains(words), "{}", abort.reason);
             }
             Some(Message::Refuse(refuse)) => assert!(!refuse.reasons.is_empty()),
             Some(other) => panic!("{words}: {other:?}"),
@@ -431,7 +431,7 @@ fn destinations_that_make_no_sense_leave_the_guest_where_it_is() {
             Box::new(|_, stream| {
                 stream
                     .write_all(b"HTTP/1.1 400 Bad Request\r\n")
-                    .expect("sent")
+                    .expect("sent");
             }),
         ),
         (

@@ -89,10 +89,14 @@ struct Guest {
 
 impl Guest {
     fn write(&self, seed: u64) {
-        let region = usize::from(seed % 5 == 0);
+        let region = usize::from(seed.is_multiple_of(5));
         let page = (seed >> 8) % self.ram.regions()[region].pages();
         // Some pages become zero again.
-        let value = if seed % 7 == 0 { 0 } else { (seed >> 16) as u8 };
+        let value = if seed.is_multiple_of(7) {
+            0
+        } else {
+            (seed >> 16) as u8
+        };
         let pages = self.ram.pages(region, page, 1).expect("in range");
         pages.write_from(&[value; PAGE_SIZE as usize]);
         if self.tracking.load(Ordering::SeqCst) {
@@ -277,6 +281,15 @@ pub(crate) struct Destination {
     pub(crate) restored: Option<MachineState>,
     pub(crate) runs: bool,
     pub(crate) discarded: bool,
+}
+
+impl Destination {
+    pub(crate) fn with(trap: Trap) -> Self {
+        Self {
+            trap: Some(trap),
+            ..Self::default()
+        }
+    }
 }
 
 impl DestinationMachine for Destination {

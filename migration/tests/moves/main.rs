@@ -174,8 +174,7 @@ fn whatever_fails_at_the_destination_leaves_the_guest_at_the_source() {
         // Past the commit point: the destination says that it has not started the guest, which is a proof.
         (Call::Resume, Phase::Complete),
     ] {
-        let mut destination = Destination::default();
-        destination.trap = Some(Trap::Fail(call));
+        let destination = Destination::with(Trap::Fail(call));
         let ended = run(
             "tcp:127.0.0.1:0",
             Source::new(true),
@@ -190,7 +189,7 @@ fn whatever_fails_at_the_destination_leaves_the_guest_at_the_source() {
         assert!(error.to_string().contains("was told to fail"), "{error}");
         match (call, error.cause) {
             (Call::Reserve, Cause::Refused(reasons)) => {
-                assert_eq!(reasons.len(), 2, "all reasons are told")
+                assert_eq!(reasons.len(), 2, "all reasons are told");
             }
             (Call::Reserve, other) => panic!("{other}"),
             (_, cause) => assert_eq!(cause.kind(), "peer_gave_up"),
@@ -231,8 +230,7 @@ fn a_cancel_at_the_source_leaves_the_guest_there() {
 fn a_cancel_at_the_destination_leaves_the_guest_at_the_source() {
     for call in [Call::Reserve, Call::Restore] {
         let [sending, receiving] = controls();
-        let mut destination = Destination::default();
-        destination.trap = Some(Trap::Cancel(call, Arc::clone(&receiving)));
+        let destination = Destination::with(Trap::Cancel(call, Arc::clone(&receiving)));
         let ended = run(
             "tcp:127.0.0.1:0",
             Source::new(true),
@@ -252,8 +250,7 @@ fn a_cancel_at_the_destination_leaves_the_guest_at_the_source() {
 fn a_guest_that_cannot_be_resumed_is_said_to_be_paused() {
     let mut source = Source::new(true);
     source.trap = Some(Trap::Fail(Call::Resume));
-    let mut destination = Destination::default();
-    destination.trap = Some(Trap::Fail(Call::Restore));
+    let destination = Destination::with(Trap::Fail(Call::Restore));
     let ended = run("tcp:127.0.0.1:0", source, destination, controls());
     let error = ended.sent.expect_err("failed");
     assert_eq!(error.outcome(), SourceOutcome::PausedHere);

@@ -15,11 +15,13 @@ pub fn binary() -> Result<PathBuf> {
     let path = match std::env::var_os("VMM_BIN") {
         Some(path) => PathBuf::from(path),
         None => {
-            let test = std::env::current_exe()?;
-            test.ancestors()
-                .nth(2)
-                .context("the test binary is not in a target folder")?
-                .join("vmm")
+            // A test is in `target/release/deps`, the product and the benchmarks are in `target/release`.
+            let own = std::env::current_exe()?;
+            let folder = own.parent().context("this program is in no folder")?;
+            match folder.ends_with("deps") {
+                true => folder.with_file_name("vmm"),
+                false => folder.join("vmm"),
+            }
         }
     };
     ensure!(
