@@ -1,11 +1,14 @@
 //! One connection: waits that can be woken, messages, pages.
 //!
 //! No call here blocks by itself: each waits in `poll` for its socket, for the descriptor that a cancel makes readable, and,
-//! if asked to, for one more descriptor (while pages are sent, that is the control channel, where the other side may say
-//! that it gives up).
+//! if asked to, for another channel (while pages are sent, that is the control channel, where the other side may say
+//! that it gives up). Messages that may be skipped never end such a wait.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use memory::{GuestPages, Piece};
@@ -25,17 +28,48 @@ const READ_STEP: usize = 1 << 20;
 /// How long a side that gives up waits for the other to have read why.
 const FAREWELL: Duration = Duration::from_millis(500);
 
+/// How long the body of a message that is skipped may take to follow its header.
+const OPTIONAL_BODY: Duration = Duration::from_secs(5);
+
 /// How long to wait, and for what else.
 #[derive(Clone, Copy)]
 pub(crate) struct Patience<'a> {
     /// Readable: the move is cancelled on this side.
     pub(crate) wake: Option<&'a Wake>,
-    /// Readable: something more urgent has come.
-    pub(crate) alarm: Option<BorrowedFd<'a>>,
+    /// A message comes on it: something more urgent.
+    pub(crate) alarm: Option<&'a Channel>,
+    /// Counts up whenever a wait ends because something moves.
+    pub(crate) beat: Option<&'a AtomicU64>,
     /// How long.
     pub(crate) limit: Limit,
     /// What is going on, for messages: "sending memory".
     pub(crate) doing: &'static str,
+}
+
+impl Patience<'_> {
+    /// Patience for something that a cancel does not interrupt.
+    pub(crate) fn uninterrupted(limit: Limit, doing: &'static str) -> Self {
+        Self {
+            wake: None,
+            alarm: None,
+            beat: None,
+            limit,
+            doing,
+        }
+    }
+
+    /// Whether the time is over or the move cancelled: for loops that may always find something to do.
+    fn check(&self) -> Result<(), Stop> {
+        if let Limit::Until(end, length) = self.limit
+            && Instant::now() >= end
+        {
+            return Err(Stop::Timeout(length));
+        }
+        match self.wake.is_some_and(is_readable) {
+            true => Err(Stop::Cancelled),
+            false => Ok(()),
+        }
+    }
 }
 
 /// How long to wait.
@@ -98,6 +132,8 @@ impl From<ProtocolError> for Stop {
 pub(crate) struct Channel {
     socket: OwnedFd,
     peer: String,
+    /// Held while a message is skipped: several threads may have this channel as their alarm.
+    skipping: Mutex<()>,
 }
 
 impl Channel {
@@ -110,12 +146,16 @@ impl Channel {
         let _ = sockopt::set_tcp_keepintvl(&socket, Duration::from_secs(5));
         let _ = sockopt::set_tcp_keepcnt(&socket, 4);
         let _ = sockopt::set_tcp_user_timeout(&socket, 30_000);
-        Self { socket, peer }
+        Self::unix(socket, peer)
     }
 
     /// A unix connection.
     pub(crate) fn unix(socket: OwnedFd, peer: String) -> Self {
-        Self { socket, peer }
+        Self {
+            socket,
+            peer,
+            skipping: Mutex::new(()),
+        }
     }
 
     /// Who is at the other end, for messages.
@@ -125,42 +165,67 @@ impl Channel {
 
     /// Waits until the socket is ready, or may have failed.
     fn wait(&self, events: PollFlags, patience: &Patience<'_>) -> Result<(), Stop> {
-        let mut fds = Vec::with_capacity(3);
-        fds.push(PollFd::new(&self.socket, events));
-        let wake_at = patience.wake.map(|wake| {
-            fds.push(PollFd::new(wake, PollFlags::IN));
-            fds.len() - 1
-        });
-        let alarm_at = patience.alarm.map(|alarm| {
-            fds.push(PollFd::from_borrowed_fd(alarm, PollFlags::IN));
-            fds.len() - 1
-        });
-        let length = match patience.limit {
-            Limit::Idle(length) | Limit::Until(_, length) => length,
-            Limit::Forever => Duration::MAX,
+        let (end, length) = match patience.limit {
+            Limit::Idle(length) => (Instant::now().checked_add(length), length),
+            Limit::Until(end, length) => (Some(end), length),
+            Limit::Forever => (None, Duration::MAX),
         };
-        if !poll(&mut fds, patience.limit)? {
-            return Err(Stop::Timeout(length));
-        }
-        let ready = |at: Option<usize>| at.is_some_and(|at| !fds[at].revents().is_empty());
-        if ready(wake_at) {
-            Err(Stop::Cancelled)
-        } else if ready(alarm_at) {
-            Err(Stop::Alarm)
-        } else {
-            Ok(())
+        let limit = end.map_or(Limit::Forever, |end| Limit::Until(end, length));
+        loop {
+            let mut fds = Vec::with_capacity(3);
+            fds.push(PollFd::new(&self.socket, events));
+            let wake_at = fds.len();
+            fds.extend(patience.wake.map(|wake| PollFd::new(wake, PollFlags::IN)));
+            let alarm_at = fds.len();
+            fds.extend(
+                patience
+                    .alarm
+                    .map(|alarm| PollFd::new(alarm, PollFlags::IN)),
+            );
+            if !poll(&mut fds, limit)? {
+                return Err(Stop::Timeout(length));
+            }
+            let ready = |at: Range<usize>| fds[at].iter().any(|fd| !fd.revents().is_empty());
+            if ready(wake_at..alarm_at) {
+                return Err(Stop::Cancelled);
+            }
+            if let Some(alarm) = patience.alarm.filter(|_| ready(alarm_at..fds.len())) {
+                alarm.skip_optional()?;
+            }
+            if ready(0..wake_at) {
+                if let Some(beat) = patience.beat {
+                    beat.fetch_add(1, Ordering::Relaxed);
+                }
+                return Ok(());
+            }
         }
     }
 
-    /// Waits until there is something to read, be it the end.
-    pub(crate) fn wait_readable(&self, patience: &Patience<'_>) -> Result<(), Stop> {
-        self.wait(PollFlags::IN, patience)
+    /// Takes a message that may be skipped off a channel that is readable. Whatever else there is stays, and is
+    /// [`Stop::Alarm`].
+    pub(crate) fn skip_optional(&self) -> Result<(), Stop> {
+        let _turn = self.skipping.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut header = [0; FrameHeader::SIZE];
+        let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
+        match rustix::net::recv(&self.socket, &mut header, flags) {
+            Ok((_, FrameHeader::SIZE)) => {}
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(()),
+            _ => return Err(Stop::Alarm),
+        }
+        let header = FrameHeader::read_from_bytes(&header).expect("exactly its size");
+        match header.check() {
+            Ok(Announced::Skip(_)) => {
+                let limit = Limit::within(OPTIONAL_BODY);
+                self.receive_one(&Patience::uninterrupted(limit, "skipping a message"))
+                    .map(drop)
+            }
+            _ => Err(Stop::Alarm),
+        }
     }
 
     /// Whether there is something to read at this moment, be it the end.
     pub(crate) fn is_readable(&self) -> bool {
-        let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        matches!(rustix::event::poll(&mut fds, Some(&Timespec::default())), Ok(ready) if ready > 0)
+        is_readable(&self.socket)
     }
 
     /// Reads what is there, without waiting; `None` if nothing is, 0 at the end.
@@ -278,15 +343,26 @@ impl Channel {
     /// Receives the next message; skips those that may be.
     pub(crate) fn receive(&self, patience: &Patience<'_>) -> Result<Message, Stop> {
         loop {
-            let mut header = [0; FrameHeader::SIZE];
-            self.read_exact(&mut header, patience)?;
-            let header = FrameHeader::read_from_bytes(&header).expect("exactly its size");
-            match header.check()? {
-                Announced::Message(kind, length) => {
-                    let body = self.read_body(length, patience)?;
-                    return Ok(Message::decode(kind, &body)?);
-                }
-                Announced::Skip(length) => drop(self.read_body(length, patience)?),
+            if let Some(message) = self.receive_one(patience)? {
+                return Ok(message);
+            }
+            patience.check()?;
+        }
+    }
+
+    /// Receives the next message, or `None` if it is one to be skipped.
+    pub(crate) fn receive_one(&self, patience: &Patience<'_>) -> Result<Option<Message>, Stop> {
+        let mut header = [0; FrameHeader::SIZE];
+        self.read_exact(&mut header, patience)?;
+        let header = FrameHeader::read_from_bytes(&header).expect("exactly its size");
+        match header.check()? {
+            Announced::Message(kind, length) => {
+                let body = self.read_body(length, patience)?;
+                Ok(Some(Message::decode(kind, &body)?))
+            }
+            Announced::Skip(length) => {
+                self.read_body(length, patience)?;
+                Ok(None)
             }
         }
     }
@@ -331,27 +407,32 @@ impl Channel {
         Ok(body)
     }
 
-    /// Ends the connection after a last message, giving the other side a moment to read it: closing at once, with
-    /// something unread here, would make its kernel throw the message away.
-    pub(crate) fn farewell(self, last: &Message) {
-        let patience = Patience {
-            wake: None,
-            alarm: None,
-            limit: Limit::within(FAREWELL),
-            doing: "saying goodbye",
-        };
-        if self.send(last, &patience).is_err() {
-            return;
+    /// Sends a last message. [`Channel::linger`] should follow.
+    pub(crate) fn say_goodbye(&self, last: &Message) {
+        let patience = Patience::uninterrupted(Limit::within(FAREWELL), "saying goodbye");
+        if self.send(last, &patience).is_ok() {
+            let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
         }
-        let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
+    }
+
+    /// Gives the other side a moment to read the last message: closing at once, with something unread here, would make
+    /// its kernel throw the message away.
+    pub(crate) fn linger(self) {
+        let patience = Patience::uninterrupted(Limit::within(FAREWELL), "saying goodbye");
         let mut sink = [0; 4096];
-        loop {
+        while patience.check().is_ok() {
             match self.read_some(&mut sink) {
                 Ok(Some(1..)) => {}
                 Ok(None) if self.wait(PollFlags::IN, &patience).is_ok() => {}
                 _ => return,
             }
         }
+    }
+
+    /// Ends all waits on the connection, on both sides.
+    pub(crate) fn shut(&self) {
+        // Fails only if it is closed already.
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Both);
     }
 }
 
@@ -387,6 +468,11 @@ pub(crate) fn poll(fds: &mut [PollFd<'_>], limit: Limit) -> Result<bool, Stop> {
             Err(error) => return Err(Stop::Lost(error.into())),
         }
     }
+}
+
+fn is_readable(fd: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    matches!(rustix::event::poll(&mut fds, Some(&Timespec::default())), Ok(ready) if ready > 0)
 }
 
 fn closed() -> io::Error {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use arch::x86_64::bounded;
 use arch::x86_64::cpuid::Cpuid;
 use arch::x86_64::state::{Bytes, MachineClock, VcpuState};
 use memory::{GuestRam, PageBitmap, RamRange};
@@ -23,6 +24,7 @@ pub struct Manifest {
     /// Number of vCPUs.
     pub vcpus: u32,
     /// RAM ranges, lowest first.
+    #[serde(deserialize_with = "bounded::list::<_, _, 1024>")]
     pub memory: Vec<RamRange>,
     /// What the guest was told about its processor.
     pub cpu: CpuContract,
@@ -37,6 +39,7 @@ pub struct CpuContract {
     /// Frequency of the guest's TSC in kHz, where known.
     pub tsc_khz: Option<u32>,
     /// Indices of the MSRs that the guest could have used.
+    #[serde(deserialize_with = "bounded::list::<_, _, 8192>")]
     pub msrs: Vec<u32>,
 }
 
@@ -46,10 +49,12 @@ pub struct MachineState {
     /// Whether the guest ran before the move; the destination brings it to the same.
     pub run_state: RunState,
     /// The vCPUs, by id.
+    #[serde(deserialize_with = "bounded::list::<_, _, 4096>")]
     pub vcpus: Vec<VcpuState>,
     /// The paravirtual clock.
     pub clock: MachineClock,
     /// The devices.
+    #[serde(deserialize_with = "bounded::list::<_, _, 4096>")]
     pub devices: Vec<DeviceState>,
 }
 
@@ -137,7 +142,7 @@ impl fmt::Display for Refusal {
 
 /// A machine that is moved away.
 ///
-/// All calls come from the thread that called [`crate::send`].
+/// All calls come from one thread at a time, not always the same.
 pub trait SourceMachine: Send {
     /// Describes the machine.
     fn manifest(&mut self) -> Result<Manifest, MachineError>;

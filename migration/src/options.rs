@@ -1,5 +1,6 @@
 //! What a caller can choose, and what it is told in the end.
 
+use std::num::{NonZeroU16, NonZeroUsize};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +30,8 @@ pub struct SendOptions {
     pub timeout_strategy: TimeoutStrategy,
     /// After how many rounds [`SendOptions::timeout_strategy`] decides as well.
     pub max_rounds: u32,
+    /// Data channels to open, if the destination takes as many; `None` is [`SendOptions::usual_data_channels`].
+    pub data_channels: Option<NonZeroU16>,
     /// How long connecting and negotiating may take.
     pub connect_timeout: Duration,
     /// How long the destination may take to build the machine.
@@ -46,11 +49,20 @@ impl Default for SendOptions {
             timeout_s: 3600,
             timeout_strategy: TimeoutStrategy::Cancel,
             max_rounds: 1000,
+            data_channels: None,
             connect_timeout: Duration::from_secs(10),
             reserve_timeout: Duration::from_secs(60),
             peer_timeout: Duration::from_secs(30),
             handover_timeout: Duration::from_secs(30),
         }
+    }
+}
+
+impl SendOptions {
+    /// As many as there are processors here to feed them, up to 4: beyond that a network is the limit.
+    pub fn usual_data_channels() -> NonZeroU16 {
+        let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        NonZeroU16::new(processors.min(4) as u16).unwrap_or(NonZeroU16::MIN)
     }
 }
 
@@ -104,7 +116,7 @@ pub struct ReceiveReport {
     pub total_ms: f64,
     /// Page data that has arrived, in bytes.
     pub bytes_received: u64,
-    /// The source has been told that the guest runs here. If not, the connection broke after the commit, and the
-    /// source believes to be in doubt.
+    /// The source could still be told that the guest runs here, as far as can be seen from here. If not, the connection
+    /// broke after the commit, and the source believes to be in doubt.
     pub source_informed: bool,
 }

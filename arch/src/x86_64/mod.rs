@@ -12,6 +12,7 @@
 
 pub mod acpi;
 pub mod boot;
+pub mod bounded;
 pub mod cpuid;
 pub mod layout;
 pub mod msr;

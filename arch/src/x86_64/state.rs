@@ -92,6 +92,7 @@ pub struct VcpuState {
     /// [`StateElement::Debug`].
     pub debug: Option<DebugRegisters>,
     /// [`StateElement::Xcrs`].
+    #[serde(deserialize_with = "super::bounded::optional_list::<_, _, 16>")]
     pub xcrs: Option<Vec<Xcr>>,
     /// [`StateElement::Xsave`]: an area in the standard (not compacted) format of the SDM, vol. 1,
     /// section 13.4, of whatever size the saving host needed.
@@ -99,6 +100,7 @@ pub struct VcpuState {
     /// [`StateElement::Lapic`].
     pub lapic: Option<Lapic>,
     /// [`StateElement::Msrs`], sorted by index.
+    #[serde(deserialize_with = "super::bounded::list::<_, _, 8192>")]
     pub msrs: Vec<Msr>,
     /// [`StateElement::Events`].
     pub events: PendingEvents,

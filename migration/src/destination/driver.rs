@@ -1,18 +1,21 @@
 //! Carries out what the [engine](super::engine) says: one function an action.
 
-use std::os::fd::AsFd;
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use memory::GuestRam;
+use rustix::event::{PollFd, PollFlags};
 use zerocopy::FromBytes;
 
 use super::engine::{Action, End, Engine, Event, Failure};
-use super::pages::{self, Arrived, PageReceiver};
-use crate::channel::{Channel, Limit, Patience, Stop};
+use super::inflow::{Arrivals, Inflow, Report};
+use super::pages;
+use crate::channel::{Channel, Limit, Patience, Stop, poll};
 use crate::control::{Wake, milliseconds};
-use crate::lobby;
-use crate::protocol::batch::{ATTACH_MAGIC, Attach};
+use crate::lobby::{Lobby, Wanted};
+use crate::protocol::batch::Attach;
 use crate::protocol::hello::{HelloBody, HelloHeader};
 use crate::protocol::message::{Abort, Accept, Message, Refuse, RoundDone, State};
 use crate::protocol::{ProtocolError, VERSIONS};
@@ -22,7 +25,7 @@ use crate::{
 };
 
 /// Data channels that are served.
-const DATA_CHANNELS: u16 = 1;
+const DATA_CHANNELS: u16 = 16;
 /// How long a broken connection is searched for the other side's reason.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -50,10 +53,12 @@ pub fn receive(
         control,
         wake,
         began: Instant::now(),
+        lobby: Lobby::default(),
         messages: None,
         hello: None,
         session: [0; 16],
-        data: None,
+        data: Vec::new(),
+        farewell: None,
         ram: None,
         state: None,
         rounds: 0,
@@ -71,6 +76,9 @@ pub fn receive(
         engine.handle(driver.perform(action));
     };
     control.end();
+    if let Some(channel) = driver.farewell.take() {
+        channel.linger();
+    }
     match end {
         End::Arrived { source_informed } => Ok(ReceiveReport {
             rounds: driver.rounds,
@@ -119,11 +127,14 @@ struct Driver<'a> {
     control: &'a MoveControl,
     wake: Wake,
     began: Instant,
+    lobby: Lobby,
     /// The control channel.
     messages: Option<Channel>,
     hello: Option<HelloHeader>,
     session: [u8; 16],
-    data: Option<Channel>,
+    data: Vec<Channel>,
+    /// The control channel after the last message.
+    farewell: Option<Channel>,
     ram: Option<Arc<GuestRam>>,
     state: Option<MachineState>,
     rounds: u32,
@@ -163,6 +174,7 @@ impl Driver<'_> {
         Patience {
             wake: Some(&self.wake),
             alarm: None,
+            beat: None,
             limit,
             doing,
         }
@@ -180,20 +192,21 @@ impl Driver<'_> {
     // --- one function an action ---
 
     fn listen(&mut self) -> Result<(), Trouble> {
+        let mut lobby = std::mem::take(&mut self.lobby);
         let limit = self.options.wait.map_or(Limit::Forever, Limit::within);
         let patience = self.patience(limit, "waiting for a source");
         let known = |bytes: &[u8]| match HelloHeader::read_from_bytes(bytes) {
             Ok(header) => header.check().map(drop).map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
-        let (channel, bytes) = lobby::wait_for(
-            self.listener,
-            HelloHeader::SIZE,
-            self.options.connect_timeout,
-            &patience,
-            &known,
-        )
-        .map_err(|stop| Trouble::from_stop(stop, patience.doing))?;
+        let wanted = Wanted {
+            size: HelloHeader::SIZE,
+            known: &known,
+            slowest: self.options.connect_timeout,
+        };
+        let found = lobby.find(self.listener, wanted, &patience);
+        let (channel, bytes) = found.map_err(|stop| Trouble::from_stop(stop, patience.doing))?;
+        self.lobby = lobby;
         tracing::info!(peer = channel.peer(), "a source has come");
         self.hello = HelloHeader::read_from_bytes(&bytes).ok();
         self.messages = Some(channel);
@@ -256,97 +269,170 @@ impl Driver<'_> {
     }
 
     fn attach(&mut self) -> Result<(), Trouble> {
+        let mut lobby = std::mem::take(&mut self.lobby);
         let messages = self.messages()?;
         let patience = Patience {
-            alarm: Some(messages.as_fd()),
+            alarm: Some(messages),
             ..self.patience(
                 Limit::within(self.options.connect_timeout),
-                "waiting for the data channel",
+                "waiting for the data channels",
             )
         };
         let known = |bytes: &[u8]| match Attach::read_from_bytes(bytes) {
-            Ok(attach) if attach.magic != ATTACH_MAGIC => Err("it is no data channel".to_owned()),
-            Ok(attach) if attach.session != self.session => {
-                Err("it belongs to another move".to_owned())
-            }
-            Ok(attach) if attach.index.get() >= DATA_CHANNELS => {
-                Err("it is one too many".to_owned())
-            }
-            Ok(_) => Ok(()),
+            Ok(attach) => attach
+                .check(self.session, DATA_CHANNELS)
+                .map_err(str::to_owned),
             Err(error) => Err(error.to_string()),
         };
-        let slowest = self.options.connect_timeout;
-        match lobby::wait_for(self.listener, Attach::SIZE, slowest, &patience, &known) {
-            Ok((channel, _)) => {
-                self.data = Some(channel);
-                Ok(())
+        let wanted = Wanted {
+            size: Attach::SIZE,
+            known: &known,
+            slowest: self.options.connect_timeout,
+        };
+        let (mut data, mut indices, mut count) = (Vec::new(), BTreeSet::new(), 1);
+        while data.len() < usize::from(count) {
+            match lobby.find(self.listener, wanted, &patience) {
+                Ok((channel, bytes)) => {
+                    let attach = Attach::read_from_bytes(&bytes)
+                        .map_err(|_| Trouble::local(ProtocolError::MemoryMismatch))?;
+                    let found = attach.count.get();
+                    if !data.is_empty() && found != count || !indices.insert(attach.index.get()) {
+                        return Err(Trouble::local(ProtocolError::Mismatch {
+                            field: "number of data channels",
+                            found: found.into(),
+                            expected: count.into(),
+                        }));
+                    }
+                    count = found;
+                    data.push(channel);
+                }
+                // Nothing may come on the control channel now, unless the source gives up.
+                Err(Stop::Alarm) => {
+                    let patience = Patience {
+                        alarm: None,
+                        ..patience
+                    };
+                    return Err(unexpected(&self.expect(&patience)?, "a data channel"));
+                }
+                Err(stop) => return Err(Trouble::from_stop(stop, patience.doing)),
             }
-            // Nothing may come on the control channel now, unless the source gives up.
-            Err(Stop::Alarm) => Err(unexpected(&self.expect(&patience)?, "a data channel")),
-            Err(stop) => Err(Trouble::from_stop(stop, patience.doing)),
         }
+        self.data = data;
+        Ok(())
     }
 
     fn receive_memory(&mut self) -> Result<(), Trouble> {
-        const DOING: &str = "receiving memory";
-        let (Some(ram), Some(data)) = (self.ram.clone(), self.data.take()) else {
+        let Some(ram) = self.ram.clone() else {
             return Err(Trouble::local(ProtocolError::MemoryMismatch));
         };
-        let mut receiver = PageReceiver::new(&ram);
-        let (mut round, mut last) = (Round::new(1), None);
+        let (data, control, wake) = (
+            std::mem::take(&mut self.data),
+            self.control,
+            self.wake.clone(),
+        );
+        let began = Instant::now();
+        let on_arrival = |arrivals: Arrivals| {
+            control.update(|progress| {
+                progress.bytes_sent += arrivals.bytes;
+                progress.zero_pages += arrivals.zero_pages;
+                if progress.rounds.is_empty() {
+                    let seconds = began.elapsed().as_secs_f64().max(1e-6);
+                    progress.rate_bytes_per_s = progress.bytes_sent as f64 / seconds;
+                }
+            });
+        };
+        let host = |error| {
+            Trouble::local(Cause::Host {
+                doing: "starting to receive memory",
+                error,
+            })
+        };
+        let inflow = Inflow::new(&ram, &wake, &on_arrival).map_err(host)?;
+        let result = std::thread::scope(|scope| {
+            let mut result = Ok(());
+            for channel in &data {
+                let inflow = &inflow;
+                let thread = std::thread::Builder::new().name("move-receive".into());
+                if let Err(error) = thread.spawn_scoped(scope, move || inflow.run(channel)) {
+                    result = Err(host(error));
+                }
+            }
+            let result = result.and_then(|()| self.follow_rounds(&inflow, data.len()));
+            data.iter().for_each(Channel::shut);
+            result
+        });
+        self.data = data;
+        result
+    }
+
+    /// Until the state and its last round are here.
+    fn follow_rounds(&mut self, inflow: &Inflow<'_>, channels: usize) -> Result<(), Trouble> {
+        const DOING: &str = "receiving memory";
+        let (mut round, mut last, mut ended) = (Round::new(1), None, 0);
+        let (mut beat, mut alive) = (0, Instant::now());
         while last != Some(self.rounds) {
-            // Pages and the state come by different ways. Between two batches either may be next.
-            let patience = Patience {
-                alarm: Some(self.messages()?.as_fd()),
-                ..self.patience(Limit::Idle(self.options.peer_timeout), DOING)
-            };
-            match data.wait_readable(&patience) {
-                Ok(()) => {}
-                Err(Stop::Alarm) => {
-                    let patience = self.patience(
-                        Limit::Idle(self.options.peer_timeout),
-                        "receiving the state",
-                    );
-                    match self.expect(&patience)? {
-                        Message::State(state) if last.is_none() => {
-                            last = Some(self.take_state(*state)?);
+            let idle_end = alive + self.options.peer_timeout;
+            let (message, rung) =
+                self.wait_for_either(inflow, Limit::Until(idle_end, self.options.peer_timeout))?;
+            let moved = inflow.beat.load(Ordering::Relaxed);
+            if moved != beat || message || rung {
+                (beat, alive) = (moved, Instant::now());
+            } else if Instant::now() >= idle_end {
+                let stop = Stop::Timeout(self.options.peer_timeout);
+                return Err(Trouble::from_stop(stop, DOING));
+            }
+            while let Some(report) = inflow.next_report() {
+                match report {
+                    Report::RoundEnd(number) if number == round.number => {
+                        ended += 1;
+                        if ended == channels {
+                            self.end_round(&round, inflow.take_arrivals())?;
+                            (round, ended) = (Round::new(number.saturating_add(1)), 0);
                         }
-                        other => return Err(unexpected(&other, "memory or the state")),
                     }
-                    continue;
-                }
-                Err(stop) => return Err(self.last_words(Trouble::from_stop(stop, DOING))),
-            }
-            let patience = self.patience(Limit::Idle(self.options.peer_timeout), DOING);
-            match receiver.receive(&data, round.number, &patience) {
-                Ok(Arrived::Pages { bytes, zero_pages }) => {
-                    round.bytes += bytes;
-                    round.pages += bytes / memory::PAGE_SIZE + zero_pages;
-                    self.bytes_received += bytes;
-                    self.show(&round, zero_pages);
-                }
-                Ok(Arrived::RoundEnd) => {
-                    self.end_round(&round)?;
-                    if last.is_some_and(|last| last < round.number) {
-                        return Err(Trouble::local(ProtocolError::Mismatch {
-                            field: "round",
-                            found: round.number.into(),
-                            expected: last.unwrap_or_default().into(),
-                        }));
+                    Report::RoundEnd(number) => {
+                        return Err(mismatch("round", number, round.number));
                     }
-                    round = Round::new(round.number.saturating_add(1));
-                }
-                Err(pages::Trouble::Memory(error)) => return Err(Trouble::local(error)),
-                Err(pages::Trouble::Channel(stop)) => {
-                    return Err(self.last_words(Trouble::from_stop(stop, DOING)));
+                    Report::Failed(pages::Trouble::Memory(error)) => {
+                        return Err(Trouble::local(error));
+                    }
+                    Report::Failed(pages::Trouble::Channel(stop)) => {
+                        return Err(self.last_words(Trouble::from_stop(stop, DOING)));
+                    }
                 }
             }
-            if self.control.is_cancelled() {
-                return Err(Trouble::local(Cause::Cancelled));
+            if message {
+                let limit = Limit::Idle(self.options.peer_timeout);
+                match self.expect_one(&self.patience(limit, "receiving the state"))? {
+                    Some(Message::State(state)) if last.is_none() => {
+                        last = Some(self.take_state(*state)?);
+                    }
+                    Some(other) => return Err(unexpected(&other, "memory or the state")),
+                    None => {}
+                }
+            }
+            if let Some(last) = last.filter(|last| *last < self.rounds) {
+                return Err(mismatch("round", self.rounds, last));
             }
         }
-        self.data = Some(data);
         Ok(())
+    }
+
+    /// Waits until a message can be read or the bell rings, and tells which.
+    fn wait_for_either(&self, inflow: &Inflow<'_>, limit: Limit) -> Result<(bool, bool), Trouble> {
+        let doing = "receiving memory";
+        let bell = inflow.bell();
+        let mut fds = [
+            PollFd::new(self.messages()?, PollFlags::IN),
+            PollFd::new(&bell, PollFlags::IN),
+            PollFd::new(&self.wake, PollFlags::IN),
+        ];
+        poll(&mut fds, limit).map_err(|stop| Trouble::from_stop(stop, doing))?;
+        let [message, rung, cancelled] = fds.map(|fd| !fd.revents().is_empty());
+        match cancelled {
+            true => Err(Trouble::from_stop(Stop::Cancelled, doing)),
+            false => Ok((message, rung)),
+        }
     }
 
     fn restore(&mut self) -> Result<(), Trouble> {
@@ -377,17 +463,9 @@ impl Driver<'_> {
         })
     }
 
-    fn discard(&mut self) -> Result<(), Trouble> {
-        self.state = None;
-        self.ram = None;
-        self.data = None;
-        self.machine.discard();
-        Ok(())
-    }
-
     fn tell_peer(&mut self) -> Result<(), Trouble> {
         if let Some(messages) = self.messages.take() {
-            messages.farewell(&match &self.cause {
+            messages.say_goodbye(&match &self.cause {
                 Some(Cause::Refused(reasons)) => Message::Refuse(Refuse {
                     reasons: reasons.clone(),
                 }),
@@ -395,7 +473,17 @@ impl Driver<'_> {
                     reason: cause.as_ref().map_or_else(String::new, ToString::to_string),
                 }),
             });
+            self.farewell = Some(messages);
         }
+        Ok(())
+    }
+
+    fn discard(&mut self) -> Result<(), Trouble> {
+        self.lobby = Lobby::default();
+        self.state = None;
+        self.ram = None;
+        self.data.clear();
+        self.machine.discard();
         Ok(())
     }
 
@@ -403,10 +491,7 @@ impl Driver<'_> {
 
     fn say(&self, message: &Message, doing: &'static str) -> Result<(), Trouble> {
         // What is said here is short and the source waits for it.
-        let patience = Patience {
-            wake: None,
-            ..self.patience(Limit::within(self.options.peer_timeout), doing)
-        };
+        let patience = Patience::uninterrupted(Limit::within(self.options.peer_timeout), doing);
         self.messages()?
             .send(message, &patience)
             .map_err(|error| self.last_words(Trouble::from_stop(error.stop, doing)))
@@ -414,17 +499,18 @@ impl Driver<'_> {
 
     /// The next message, unless the source gives up.
     fn expect(&self, patience: &Patience<'_>) -> Result<Message, Trouble> {
-        // A cancel that comes together with the message wins; the source learns of it.
-        match self.messages()?.receive(patience) {
-            Ok(Message::Abort(abort)) => Err(Trouble {
-                cause: Cause::PeerGaveUp {
-                    reason: abort.reason,
-                },
-                failure: Failure::PeerGone,
-            }),
-            Ok(message) => Ok(message),
-            Err(stop) => Err(Trouble::from_stop(stop, patience.doing)),
-        }
+        self.messages()?
+            .receive(patience)
+            .map_err(|stop| Trouble::from_stop(stop, patience.doing))
+            .and_then(unless_given_up)
+    }
+
+    /// The same, or `None` if it is a message to be skipped.
+    fn expect_one(&self, patience: &Patience<'_>) -> Result<Option<Message>, Trouble> {
+        self.messages()?
+            .receive_one(patience)
+            .map_err(|stop| Trouble::from_stop(stop, patience.doing))
+            .and_then(|message| message.map(unless_given_up).transpose())
     }
 
     /// A data channel that breaks does so because the source gives up, and it has said why.
@@ -432,12 +518,7 @@ impl Driver<'_> {
         if trouble.failure != Failure::PeerGone {
             return trouble;
         }
-        let patience = Patience {
-            wake: None,
-            alarm: None,
-            limit: Limit::within(LAST_WORDS),
-            doing: "looking for the reason",
-        };
+        let patience = Patience::uninterrupted(Limit::within(LAST_WORDS), "looking for the reason");
         match self.expect(&patience) {
             Err(said) if matches!(said.cause, Cause::PeerGaveUp { .. }) => said,
             _ => trouble,
@@ -446,49 +527,35 @@ impl Driver<'_> {
 
     fn take_state(&mut self, state: State) -> Result<u32, Trouble> {
         if state.last_round < self.rounds.max(1) {
-            return Err(Trouble::local(ProtocolError::Mismatch {
-                field: "last round",
-                found: state.last_round.into(),
-                expected: self.rounds.max(1).into(),
-            }));
+            return Err(mismatch("last round", state.last_round, self.rounds.max(1)));
         }
         self.state = Some(state.machine);
         Ok(state.last_round)
     }
 
-    fn end_round(&mut self, round: &Round) -> Result<(), Trouble> {
+    fn end_round(&mut self, round: &Round, arrivals: Arrivals) -> Result<(), Trouble> {
         self.rounds = round.number;
+        self.bytes_received += arrivals.bytes;
         let done = RoundDone {
             round: round.number,
-            bytes: round.bytes,
+            bytes: arrivals.bytes,
         };
         self.say(&Message::RoundDone(done), "confirming a round")?;
         let entry = RoundProgress {
             number: round.number,
-            pages: round.pages,
-            bytes: round.bytes,
+            pages: arrivals.pages(),
+            bytes: arrivals.bytes,
             ms: milliseconds(round.began),
             dirty_after: 0,
         };
-        // A source that never ends must not fill this process's memory either.
         self.control.update(|progress| {
+            progress.rate_bytes_per_s = entry.bytes as f64 / (entry.ms / 1e3).max(1e-6);
+            // A source that never ends must not fill this process's memory either.
             if progress.rounds.len() < MOST_ROUNDS {
                 progress.rounds.push(entry);
             }
         });
         Ok(())
-    }
-
-    fn show(&self, round: &Round, zero_pages: u64) {
-        let (received, rate) = (
-            self.bytes_received,
-            round.bytes as f64 / round.began.elapsed().as_secs_f64().max(1e-6),
-        );
-        self.control.update(|progress| {
-            progress.bytes_sent = received;
-            progress.zero_pages += zero_pages;
-            progress.rate_bytes_per_s = rate;
-        });
     }
 }
 
@@ -498,8 +565,6 @@ const MOST_ROUNDS: usize = 10_000;
 /// A round that arrives.
 struct Round {
     number: u32,
-    pages: u64,
-    bytes: u64,
     began: Instant,
 }
 
@@ -507,10 +572,20 @@ impl Round {
     fn new(number: u32) -> Self {
         Self {
             number,
-            pages: 0,
-            bytes: 0,
             began: Instant::now(),
         }
+    }
+}
+
+fn unless_given_up(message: Message) -> Result<Message, Trouble> {
+    match message {
+        Message::Abort(abort) => Err(Trouble {
+            cause: Cause::PeerGaveUp {
+                reason: abort.reason,
+            },
+            failure: Failure::PeerGone,
+        }),
+        message => Ok(message),
     }
 }
 
@@ -518,5 +593,13 @@ fn unexpected(found: &Message, expected: &'static str) -> Trouble {
     Trouble::local(ProtocolError::Unexpected {
         found: found.name(),
         expected,
+    })
+}
+
+fn mismatch(field: &'static str, found: u32, expected: u32) -> Trouble {
+    Trouble::local(ProtocolError::Mismatch {
+        field,
+        found: found.into(),
+        expected: expected.into(),
     })
 }

@@ -4,11 +4,12 @@
 //!  Listen → Negotiate → Reserve → Attach → ReceiveMemory → Restore → SayReady → AwaitCommit → Resume → SayResumed → Arrived
 //!     │         │          │         │           │            │          │           │           │         │ (also if that
 //!     └─────────┴──────────┴─────────┴───────────┴────────────┴──────────┴───────────┴───────────┘         │  cannot be said)
-//!                               any failure: Discard → TellPeer → Failed                                   ▼
+//!                               any failure: TellPeer → Discard → Failed                                   ▼
 //! ```
 //!
-//! What it tells the source in [`Action::TellPeer`] is a proof that the guest does not run here, so everything is thrown
-//! away *before* it is said. Once the guest runs here nothing makes it stop.
+//! What it tells the source in [`Action::TellPeer`] is a proof that the guest does not run here: no way leads from there to
+//! [`Action::Resume`]. It is told before the memory is given back, which can take seconds, because the guest at the source
+//! may be standing still. Once the guest runs here nothing makes it stop.
 
 use crate::Phase;
 
@@ -80,7 +81,7 @@ pub enum Failure {
 #[derive(Clone, Debug)]
 pub struct Engine {
     action: Action,
-    failed: Option<(Phase, Failure)>,
+    failed: Option<Phase>,
 }
 
 impl Default for Engine {
@@ -105,7 +106,7 @@ impl Engine {
 
     /// The phase the move is in, or failed in. When a source pauses its guest cannot be seen from here.
     pub fn phase(&self) -> Phase {
-        if let Some((phase, _)) = self.failed {
+        if let Some(phase) = self.failed {
             return phase;
         }
         match self.action {
@@ -138,17 +139,17 @@ impl Engine {
                 source_informed: event == Event::Done,
             }),
 
-            (Action::Discard, _) => match self.failed {
-                Some((phase, Failure::PeerGone)) => Action::Finish(End::Failed { phase }),
-                _ => Action::TellPeer,
-            },
-            (Action::TellPeer, _) => Action::Finish(End::Failed {
+            (Action::TellPeer, _) => Action::Discard,
+            (Action::Discard, _) => Action::Finish(End::Failed {
                 phase: self.phase(),
             }),
             (Action::Finish(end), _) => Action::Finish(end),
             (_, Event::Failed(failure)) => {
-                self.failed = Some((self.phase(), failure));
-                Action::Discard
+                self.failed = Some(self.phase());
+                match failure {
+                    Failure::Local => Action::TellPeer,
+                    Failure::PeerGone => Action::Discard,
+                }
             }
         };
     }
@@ -204,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn every_failure_before_the_guest_runs_discards_it_and_then_tells_whoever_is_there() {
+    fn every_failure_before_the_guest_runs_is_told_to_whoever_is_there_and_discards_it() {
         for step in &STEPS[..9] {
             for failure in [Failure::Local, Failure::PeerGone] {
                 let mut engine = before(*step);
@@ -222,7 +223,7 @@ mod tests {
                 );
                 match failure {
                     Failure::Local => {
-                        assert_eq!(done, [Action::Discard, Action::TellPeer], "{step:?}");
+                        assert_eq!(done, [Action::TellPeer, Action::Discard], "{step:?}");
                     }
                     Failure::PeerGone => assert_eq!(done, [Action::Discard], "{step:?}"),
                 }

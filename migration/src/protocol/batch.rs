@@ -29,13 +29,39 @@ pub struct Attach {
     pub session: [u8; 16],
     /// Number of the channel, from 0.
     pub index: U16,
+    /// Data channels of the move; not zero, and the same in all.
+    pub count: U16,
     /// Zero.
-    pub reserved: [u8; 6],
+    pub reserved: [u8; 4],
 }
 
 impl Attach {
     /// Size in bytes.
     pub const SIZE: usize = size_of::<Self>();
+
+    /// Channel `index` of `count`.
+    pub fn new(session: [u8; 16], index: u16, count: u16) -> Self {
+        Self {
+            magic: ATTACH_MAGIC,
+            session,
+            index: index.into(),
+            count: count.into(),
+            reserved: [0; 4],
+        }
+    }
+
+    /// Checks that it belongs to the move with this session, whose data channels are `most` at most.
+    pub fn check(&self, session: [u8; 16], most: u16) -> Result<(), &'static str> {
+        if self.magic != ATTACH_MAGIC {
+            Err("it is no data channel")
+        } else if self.session != session {
+            Err("it belongs to another move")
+        } else if self.count.get() > most || self.index.get() >= self.count.get() {
+            Err("it is one too many")
+        } else {
+            Ok(())
+        }
+    }
 }
 
 /// What precedes every batch.
@@ -188,7 +214,7 @@ pub struct PlacedRun {
     pub zero: bool,
 }
 
-/// Checks a whole table against the guest's RAM and the header, before anything is written.
+/// Checks a whole table against the guest's RAM and the header, before anything is written. Addresses rise.
 pub fn place(
     ranges: &[RamRange],
     header: &BatchHeader,
@@ -196,9 +222,18 @@ pub fn place(
     into: &mut Vec<PlacedRun>,
 ) -> Result<(), ProtocolError> {
     into.clear();
-    let mut payload = 0u64;
+    let (mut payload, mut end) = (0u64, 0);
     for run in table {
         let placed = place_run(ranges, run)?;
+        // Overlapping runs would make a small table a lot of work.
+        if run.gpa.get() < end {
+            return Err(ProtocolError::Batch {
+                field: "address",
+                found: run.gpa.get(),
+                reason: "it is not behind the run before it",
+            });
+        }
+        end = run.gpa.get() + placed.pages * PAGE_SIZE;
         if !placed.zero {
             payload += placed.pages * PAGE_SIZE;
         }

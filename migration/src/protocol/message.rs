@@ -61,7 +61,7 @@ impl Kind {
         (Self::Accept, 2, "accept", 4 << 10),
         (Self::Refuse, 3, "refuse", 1 << 20),
         (Self::RoundDone, 4, "round_done", 4 << 10),
-        (Self::State, 5, "state", 256 << 20),
+        (Self::State, 5, "state", 64 << 20),
         (Self::Ready, 6, "ready", 4 << 10),
         (Self::Commit, 7, "commit", 4 << 10),
         (Self::Resumed, 8, "resumed", 4 << 10),
@@ -368,5 +368,26 @@ mod tests {
         body.extend_from_slice(b"reasons");
         body.extend_from_slice(&[0xdd, 0xff, 0xff, 0xff, 0xff]);
         assert!(Message::decode(Kind::Refuse, &body).is_err());
+    }
+
+    #[test]
+    fn cheap_elements_do_not_become_much_memory() {
+        // An empty map is a whole vCPU of defaults: one byte becomes hundreds.
+        for (list, element) in [("vcpus", 0x80), ("devices", 0x80)] {
+            let mut body = vec![0x82, 0xaa];
+            body.extend_from_slice(b"last_round");
+            body.extend_from_slice(&[0x01, 0xa7]);
+            body.extend_from_slice(b"machine");
+            body.extend_from_slice(&[0x84, 0xa9]);
+            body.extend_from_slice(b"run_state");
+            body.extend_from_slice(&[0xa7]);
+            body.extend_from_slice(b"running");
+            body.push(0xa0 | list.len() as u8);
+            body.extend_from_slice(list.as_bytes());
+            body.extend_from_slice(&[0xdd, 0x00, 0x10, 0x00, 0x00]);
+            body.extend(std::iter::repeat_n(element, 1 << 20));
+            let error = Message::decode(Kind::State, &body).expect_err("too many");
+            assert!(error.to_string().contains("at most 4096"), "{error}");
+        }
     }
 }

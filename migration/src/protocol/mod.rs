@@ -7,7 +7,7 @@
 //!     │ ── Manifest ─────────────────────────────────────────────────────────────► │   Reserve
 //!     │ ◄────────────────────────────── Accept {session, channels} or Refuse ───── │
 //!     │                            data channel(s)                                 │
-//!     │ ══ Attach {session, index} ══════════════════════════════════════════════► │
+//!     │ ══ Attach {session, index, count} ═══════════════════════════════════════► │
 //!     │ ══ batch, batch, … round end 1 ══════════════════════════════════════════► │   Precopy
 //!     │ ◄───────────────────────────────────────────────────── RoundDone {1} ───── │
 //!     │ ══ batch, … round end 2 ═════════════════════════════════════════════════► │
@@ -36,14 +36,14 @@
 //! | sending `Commit` fails and not a byte of it was taken | resumes | loses the connection: discards |
 //! | `Commit` arrives, the guest starts, `Resumed` arrives | done; its copy never runs again | runs the guest |
 //! | `Commit` arrives, the guest starts, `Resumed` is lost | in doubt: stays paused | runs the guest |
-//! | `Commit` arrives, the guest does not start | gets `Abort`: resumes | discards, *then* says `Abort` |
+//! | `Commit` arrives, the guest does not start | gets `Abort`: resumes | says `Abort`, discards |
 //! | the same, and `Abort` is lost | in doubt: stays paused | discards |
 //! | `Commit` or a part of it is lost | in doubt: stays paused | loses the connection: discards |
 //! | `Commit` has left and the destination had said `Abort` before | gets `Abort`: resumes | has discarded |
 //! | no answer to `Commit` in time, or one that makes no sense | in doubt: stays paused | either |
 //!
 //! `Abort` and `Refuse` from a destination are therefore a *proof*: the guest has not run there and never will. The
-//! destination says so only when that is so.
+//! destination says so only when no way leads to running the guest any more.
 //!
 //! # Forms
 //!

@@ -5,9 +5,9 @@
 //! transfer.
 //!
 //! ```text
-//!   after each round:   estimate ≤ floor ───────────────────────────────► pause
+//!   after each round:   estimate ≤ floor and ≤ ceiling ─────────────────► pause
 //!                       dirty ≤ 0.7 × the round before ─────────────────► another round
-//!                       estimate ≤ ceiling ─────────────────────────────► pause
+//!                       estimate ≤ ceiling ─────────────────────────────► pause (also when time or rounds are used up)
 //!                       time or rounds used up ── strategy: ignore ─────► pause
 //!                             │                   strategy: cancel ─────► give up
 //!                             └ not yet ────────────────────────────────► another round
@@ -76,6 +76,8 @@ pub struct Convergence {
     rounds: u32,
     /// Seconds a byte, from the last round that could tell.
     per_byte: Option<f64>,
+    /// Bytes of that round.
+    learnt_from: u64,
     /// Seconds a page for finding, re-arming and looking at it, from the last round that could tell.
     per_page: f64,
     previous_dirty: Option<u64>,
@@ -89,6 +91,7 @@ impl Convergence {
             limits,
             rounds: 0,
             per_byte: None,
+            learnt_from: 0,
             per_page: 0.0,
             previous_dirty: None,
             estimate: Duration::ZERO,
@@ -125,8 +128,10 @@ impl Convergence {
     }
 
     fn learn(&mut self, stats: &RoundStats) {
-        if stats.bytes >= MEASURABLE_BYTES || (self.per_byte.is_none() && stats.bytes > 0) {
+        // A small round is a poor measure, but better than one that was smaller still.
+        if stats.bytes >= MEASURABLE_BYTES.min(self.learnt_from) && stats.bytes > 0 {
             self.per_byte = Some(stats.sending.as_secs_f64() / stats.bytes as f64);
+            self.learnt_from = stats.bytes;
         }
         if stats.pages >= MEASURABLE_PAGES {
             let looking = stats.elapsed.saturating_sub(stats.sending).as_secs_f64();

@@ -1,6 +1,5 @@
 //! Carries out what the [engine](super::engine) says: one function an action.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,14 +8,16 @@ use zerocopy::IntoBytes;
 
 use super::convergence::{Limits, RoundStats};
 use super::engine::{Action, End, Engine, Event, Failure};
-use super::link::{Link, Trouble, check_round_done, not_open, receive, send_message, unexpected};
-use super::round::{Round, Totals};
-use crate::channel::{Limit, Patience, Stop};
-use crate::connect::connect;
+use super::link::{
+    Link, Trouble, check_round_done, not_open, receive, receive_one, send_message, unexpected,
+};
+use super::round::{Pages, Round, Totals};
+use crate::channel::{Channel, Limit, Patience, Stop};
+use crate::connect::{connect, open};
 use crate::control::{Wake, milliseconds};
-use crate::protocol::batch::{ATTACH_MAGIC, Attach};
+use crate::protocol::batch::Attach;
 use crate::protocol::hello::HelloBody;
-use crate::protocol::message::{Abort, Message, State};
+use crate::protocol::message::{Abort, Accept, Message, State};
 use crate::protocol::{ProtocolError, VERSIONS};
 use crate::{
     Cause, MoveControl, MoveUrl, Phase, RoundProgress, SendError, SendOptions, SendReport,
@@ -57,6 +58,7 @@ pub fn send(
         precopy_began: None,
         paused: None,
         link: None,
+        farewell: None,
         ram: None,
         dirty: Vec::new(),
         rounds: Vec::new(),
@@ -76,6 +78,9 @@ pub fn send(
         driver.after(&engine);
     };
     control.end();
+    if let Some(channel) = driver.farewell.take() {
+        channel.linger();
+    }
     driver.result(end, &engine)
 }
 
@@ -96,6 +101,8 @@ struct Driver<'a> {
     precopy_began: Option<Instant>,
     paused: Option<Instant>,
     link: Option<Link>,
+    /// The control channel after the last message.
+    farewell: Option<Channel>,
     ram: Option<Arc<GuestRam>>,
     /// What is still to be sent, by region.
     dirty: Vec<PageBitmap>,
@@ -182,6 +189,7 @@ impl Driver<'_> {
         Patience {
             wake: Some(&self.wake),
             alarm: None,
+            beat: None,
             limit,
             doing,
         }
@@ -203,12 +211,13 @@ impl Driver<'_> {
 
     fn connect(&mut self) -> Result<(), Trouble> {
         let limit = Limit::within(self.options.connect_timeout);
-        let channel =
+        let (control, target) =
             connect(self.url, &self.patience(limit, "connecting")).map_err(Trouble::local)?;
-        tracing::info!(peer = channel.peer(), "connected");
+        tracing::info!(peer = control.peer(), "connected");
         self.link = Some(Link {
-            control: channel,
-            data: None,
+            control,
+            target,
+            data: Vec::new(),
         });
         Ok(())
     }
@@ -239,36 +248,20 @@ impl Driver<'_> {
             .machine
             .manifest()
             .map_err(Trouble::machine("describing the machine"))?;
-        let ram = self.machine.ram();
         let message = Message::Manifest(Box::new(manifest));
         let patience = self.patience(Limit::within(self.options.reserve_timeout), DOING);
-        let control = &self.link()?.control;
-        send_message(control, &message, &patience).map_err(|trouble| self.last_words(trouble))?;
-        let accept = match receive(control, &patience)? {
+        let link = self.link()?;
+        send_message(&link.control, &message, &patience)
+            .map_err(|trouble| link.last_words(trouble))?;
+        let accept = match receive(&link.control, &patience)? {
             Message::Accept(accept) => accept,
             other => return Err(unexpected(&other, "accept or refuse")),
         };
-        if accept.data_channels == 0 {
-            return Err(Trouble::local(ProtocolError::Mismatch {
-                field: "number of data channels",
-                found: 0,
-                expected: 1,
-            }));
+        let data = self.open_data_channels(&accept)?;
+        if let Some(link) = &mut self.link {
+            link.data = data;
         }
-        let patience = self.patience(
-            Limit::within(self.options.connect_timeout),
-            "opening a data channel",
-        );
-        let data =
-            connect(self.url, &patience).map_err(|cause| self.last_words(Trouble::local(cause)))?;
-        let attach = Attach {
-            magic: ATTACH_MAGIC,
-            session: accept.session,
-            index: 0.into(),
-            reserved: [0; 6],
-        };
-        data.write_all(attach.as_bytes(), &patience)
-            .map_err(|error| self.last_words(Trouble::from_stop(error.stop, patience.doing)))?;
+        let ram = self.machine.ram();
         let total = ram.total_bytes();
         self.control.update(|progress| {
             progress.bytes_total = total;
@@ -280,10 +273,39 @@ impl Driver<'_> {
             .map(|region| PageBitmap::new(region.pages()))
             .collect();
         self.ram = Some(ram);
-        if let Some(link) = &mut self.link {
-            link.data = Some(data);
-        }
         Ok(())
+    }
+
+    fn open_data_channels(&self, accept: &Accept) -> Result<Vec<Channel>, Trouble> {
+        let wanted = self
+            .options
+            .data_channels
+            .unwrap_or_else(SendOptions::usual_data_channels);
+        let count = wanted.get().min(accept.data_channels);
+        if count == 0 {
+            return Err(Trouble::local(ProtocolError::Mismatch {
+                field: "number of data channels",
+                found: 0,
+                expected: 1,
+            }));
+        }
+        let patience = self.patience(
+            Limit::within(self.options.connect_timeout),
+            "opening the data channels",
+        );
+        let link = self.link()?;
+        let open_one = |index: u16| {
+            let channel = open(&link.target, &patience)?;
+            let attach = Attach::new(accept.session, index, count);
+            channel
+                .write_all(attach.as_bytes(), &patience)
+                .map_err(|error| error.stop)?;
+            Ok(channel)
+        };
+        (0..count)
+            .map(open_one)
+            .collect::<Result<_, _>>()
+            .map_err(|stop| link.last_words(Trouble::from_stop(stop, patience.doing)))
     }
 
     fn track(&mut self) -> Result<(), Trouble> {
@@ -303,7 +325,7 @@ impl Driver<'_> {
         check_round_done(&done, number, &totals)?;
         totals.sending += waiting.elapsed();
         self.fetch_dirty()?;
-        let dirty_after = self.dirty.iter().map(PageBitmap::count).sum();
+        let dirty_after = count(&self.dirty);
         let elapsed = began.elapsed();
         self.add_round(number, &totals, elapsed, dirty_after);
         let stats = RoundStats {
@@ -350,8 +372,8 @@ impl Driver<'_> {
             Limit::Idle(self.options.peer_timeout),
             "sending the machine's state",
         );
-        send_message(&self.link()?.control, &message, &patience)
-            .map_err(|trouble| self.last_words(trouble))
+        let link = self.link()?;
+        send_message(&link.control, &message, &patience).map_err(|trouble| link.last_words(trouble))
     }
 
     fn await_ready(&mut self) -> Result<(), Trouble> {
@@ -370,43 +392,34 @@ impl Driver<'_> {
         if !self.control.close() {
             return Err(Trouble::local(Cause::Cancelled));
         }
-        let patience = Patience {
-            wake: None,
-            ..self.patience(
-                Limit::within(self.options.handover_timeout),
-                "sending the commit",
-            )
-        };
+        let limit = Limit::within(self.options.handover_timeout);
+        let patience = Patience::uninterrupted(limit, "sending the commit");
         let control = &self.link()?.control;
-        if control.is_readable() {
-            // Nothing but a no, or the end of the connection, can come here.
-            let message = receive(control, &patience).map_err(|trouble| Trouble {
-                failure: match trouble.failure {
-                    Failure::PeerSaysNo => Failure::PeerSaysNo,
-                    // Not a byte of the commit has left.
-                    Failure::PeerLost | Failure::Local => Failure::Local,
-                },
-                ..trouble
-            })?;
-            return Err(unexpected(&message, "nothing"));
-        }
-        control.send(&Message::Commit, &patience).map_err(|error| {
-            let trouble = Trouble::from_stop(error.stop, patience.doing);
-            let failure = if error.nothing_left {
-                Failure::Local
-            } else {
-                Failure::PeerLost
+        while control.is_readable() {
+            // Not a byte of the commit has left yet.
+            let local = |trouble: Trouble| match trouble.failure {
+                Failure::PeerSaysNo => trouble,
+                _ => Trouble::local(trouble.cause),
             };
-            Trouble { failure, ..trouble }
-        })
+            // A no, the end of the connection, or something that may be skipped.
+            if let Some(message) = receive_one(control, &patience).map_err(local)? {
+                return Err(unexpected(&message, "nothing"));
+            }
+        }
+        control
+            .send(&Message::Commit, &patience)
+            .map_err(|error| match error.nothing_left {
+                true => Trouble::local(error.stop.into_cause(patience.doing)),
+                false => Trouble {
+                    failure: Failure::PeerLost,
+                    ..Trouble::from_stop(error.stop, patience.doing)
+                },
+            })
     }
 
     fn await_resumed(&mut self) -> Result<(), Trouble> {
         const DOING: &str = "waiting for the destination to say that the guest runs";
-        let patience = Patience {
-            wake: None,
-            ..self.patience(Limit::within(self.options.handover_timeout), DOING)
-        };
+        let patience = Patience::uninterrupted(Limit::within(self.options.handover_timeout), DOING);
         match receive(&self.link()?.control, &patience)? {
             Message::Resumed => {}
             other => return Err(unexpected(&other, "resumed")),
@@ -422,11 +435,9 @@ impl Driver<'_> {
         if let Some(link) = self.link.take() {
             // Closed first, so that a destination in the middle of a batch looks for the reason.
             drop(link.data);
-            let reason = self
-                .cause
-                .as_ref()
-                .map_or_else(String::new, ToString::to_string);
-            link.control.farewell(&Message::Abort(Abort { reason }));
+            let reason = self.reason();
+            link.control.say_goodbye(&Message::Abort(Abort { reason }));
+            self.farewell = Some(link.control);
         }
         Ok(())
     }
@@ -441,16 +452,22 @@ impl Driver<'_> {
 
     // --- parts of them ---
 
+    fn reason(&self) -> String {
+        self.cause
+            .as_ref()
+            .map_or_else(String::new, ToString::to_string)
+    }
+
     /// Sends what is dirty, or in the first round everything, and the mark of the round's end.
     fn transfer(&mut self, number: u32, guest: Guest) -> Result<Totals, Trouble> {
         let ram = Arc::clone(self.ram()?);
         let dirty = std::mem::take(&mut self.dirty);
-        let (control, began, before) = (self.control, Instant::now(), self.sent);
-        let to_look_at = match number {
-            1 => ram.total_bytes(),
-            _ => dirty.iter().map(PageBitmap::count).sum::<u64>() * PAGE_SIZE,
+        let (pages, to_look_at) = match (number, guest) {
+            (1, Guest::Runs) => (Pages::All, ram.total_bytes()),
+            _ => (Pages::Dirty(&dirty), count(&dirty) * PAGE_SIZE),
         };
-        let mut progress = |totals: &Totals| {
+        let (control, began, before) = (self.control, Instant::now(), self.sent);
+        let progress = |totals: &Totals| {
             control.update(|progress| {
                 progress.bytes_sent = before.bytes + totals.bytes;
                 progress.zero_pages = before.zero_pages + totals.zero_pages;
@@ -466,28 +483,24 @@ impl Driver<'_> {
                 false => Ok(()),
             }
         };
-        let wake = self.wake.clone();
-        let Some(Link {
-            control: messages,
-            data: Some(data),
-        }) = &self.link
-        else {
+        let Some(link) = &self.link else {
             return Err(Trouble::from_stop(Stop::Lost(not_open()), "sending memory"));
         };
         let patience = Patience {
-            wake: Some(&wake),
+            wake: Some(&self.wake),
             // While memory travels the destination says nothing, unless it gives up.
-            alarm: Some(messages.as_fd()),
+            alarm: Some(&link.control),
+            beat: None,
             limit: Limit::Idle(self.options.peer_timeout),
             doing: "sending memory",
         };
-        let round = Round::new(number, &ram, data, patience, &mut progress);
-        let result = match (number, guest) {
-            (1, Guest::Runs) => round.send_all(&mut *self.machine),
-            (_, Guest::Runs) => round.send_dirty(&dirty, Some(&mut *self.machine)),
-            (_, Guest::StandsStill) => round.send_dirty(&dirty, None),
+        let machine = match guest {
+            Guest::Runs => Some(&mut *self.machine),
+            Guest::StandsStill => None,
         };
-        let totals = result.map_err(|trouble| self.last_words(trouble))?;
+        let totals = Round::new(number, &ram, pages, machine, &progress)
+            .send(&link.data, patience)
+            .map_err(|trouble| link.last_words(trouble))?;
         self.dirty = dirty;
         self.dirty.iter_mut().for_each(PageBitmap::clear_all);
         self.sent.pages += totals.pages;
@@ -524,11 +537,9 @@ impl Driver<'_> {
             progress.rate_bytes_per_s = totals.bytes as f64 / elapsed.as_secs_f64().max(1e-6);
         });
     }
+}
 
-    fn last_words(&self, trouble: Trouble) -> Trouble {
-        match &self.link {
-            Some(link) => link.last_words(trouble),
-            None => trouble,
-        }
-    }
+/// Pages in all of them.
+fn count(bitmaps: &[PageBitmap]) -> u64 {
+    bitmaps.iter().map(PageBitmap::count).sum()
 }

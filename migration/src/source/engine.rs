@@ -191,6 +191,7 @@ impl Engine {
 
     fn in_doubt(&mut self) -> Action {
         let phase = self.phase();
+        self.failed = Some((phase, Failure::PeerLost));
         Action::Finish(End::Failed {
             outcome: SourceOutcome::InDoubt,
             phase,

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::engine::Failure;
 use super::round::Totals;
 use crate::channel::{Channel, Limit, Patience, Stop};
+use crate::connect::Target;
 use crate::protocol::ProtocolError;
 use crate::protocol::message::Message;
 use crate::{Cause, MachineError};
@@ -55,7 +56,9 @@ impl Trouble {
 /// The connections of a move.
 pub(super) struct Link {
     pub(super) control: Channel,
-    pub(super) data: Option<Channel>,
+    /// Where the data channels go.
+    pub(super) target: Target,
+    pub(super) data: Vec<Channel>,
 }
 
 impl Link {
@@ -65,12 +68,7 @@ impl Link {
         if trouble.failure != Failure::PeerLost {
             return trouble;
         }
-        let patience = Patience {
-            wake: None,
-            alarm: None,
-            limit: Limit::within(LAST_WORDS),
-            doing: "looking for the reason",
-        };
+        let patience = Patience::uninterrupted(Limit::within(LAST_WORDS), "looking for the reason");
         match receive(&self.control, &patience) {
             Err(said) if said.failure == Failure::PeerSaysNo => said,
             _ => trouble,
@@ -94,13 +92,30 @@ pub(super) fn send_message(
 
 /// The next message, unless the destination says no.
 pub(super) fn receive(channel: &Channel, patience: &Patience<'_>) -> Result<Message, Trouble> {
-    match channel.receive(patience) {
-        Ok(Message::Abort(abort)) => Err(Trouble::peer_says_no(Cause::PeerGaveUp {
+    channel
+        .receive(patience)
+        .map_err(|stop| Trouble::from_stop(stop, patience.doing))
+        .and_then(unless_no)
+}
+
+/// The same, or `None` if it is a message to be skipped.
+pub(super) fn receive_one(
+    channel: &Channel,
+    patience: &Patience<'_>,
+) -> Result<Option<Message>, Trouble> {
+    channel
+        .receive_one(patience)
+        .map_err(|stop| Trouble::from_stop(stop, patience.doing))
+        .and_then(|message| message.map(unless_no).transpose())
+}
+
+fn unless_no(message: Message) -> Result<Message, Trouble> {
+    match message {
+        Message::Abort(abort) => Err(Trouble::peer_says_no(Cause::PeerGaveUp {
             reason: abort.reason,
         })),
-        Ok(Message::Refuse(refuse)) => Err(Trouble::peer_says_no(Cause::Refused(refuse.reasons))),
-        Ok(message) => Ok(message),
-        Err(stop) => Err(Trouble::from_stop(stop, patience.doing)),
+        Message::Refuse(refuse) => Err(Trouble::peer_says_no(Cause::Refused(refuse.reasons))),
+        message => Ok(message),
     }
 }
 

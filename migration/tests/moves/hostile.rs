@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use memory::PAGE_SIZE;
 use migration::protocol::batch::{
-    ATTACH_MAGIC, Attach, BatchHeader, ENCODING_RAW, ENCODING_ZERO, MAX_PAYLOAD, MAX_RUNS,
-    RunDescriptor,
+    Attach, BatchHeader, ENCODING_RAW, ENCODING_ZERO, MAX_PAYLOAD, MAX_RUNS, RunDescriptor,
 };
 use migration::protocol::hello::{self, HelloBody, HelloHeader, MAGIC};
 use migration::protocol::message::{Abort, Accept, FrameHeader, Message, RoundDone, State};
@@ -91,12 +90,7 @@ fn reach_memory(address: &str, stream: &mut TcpStream) -> TcpStream {
         panic!("not accepted")
     };
     let mut data = TcpStream::connect(address).expect("connects");
-    let attach = Attach {
-        magic: ATTACH_MAGIC,
-        session: accept.session,
-        index: 0.into(),
-        reserved: [0; 6],
-    };
+    let attach = Attach::new(accept.session, 0, 1);
     data.write_all(attach.as_bytes()).expect("sent");
     data
 }

@@ -146,9 +146,12 @@ impl Source {
         let writer = busy.then(|| {
             std::thread::spawn(move || {
                 while !own.end.load(Ordering::SeqCst) {
-                    if *own.running.lock().expect("no panic elsewhere") {
+                    // Held until the write is done: a pause waits for it.
+                    let running = own.running.lock().expect("no panic elsewhere");
+                    if *running {
                         own.write(next());
                     }
+                    drop(running);
                     std::thread::sleep(std::time::Duration::from_micros(20));
                 }
             })

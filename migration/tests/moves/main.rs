@@ -74,8 +74,10 @@ fn a_busy_guest_arrives_whole() {
             continue;
         }
         let ended = run(url, Source::new(true), Destination::default(), controls());
-        let report = ended.sent.expect(url);
-        let received = ended.received.expect(url);
+        let (report, received) = match (ended.sent, ended.received) {
+            (Ok(sent), Ok(received)) => (sent, received),
+            other => panic!("{url}: {other:?}"),
+        };
         assert!(!ended.source.runs() && ended.destination.runs && !ended.destination.discarded);
         assert_eq!((ended.source.pauses, ended.source.resumes), (1, 0));
         let there = ended.destination.ram.as_ref().expect("reserved");
@@ -254,7 +256,10 @@ fn a_guest_that_cannot_be_resumed_is_said_to_be_paused() {
     let ended = run("tcp:127.0.0.1:0", source, destination, controls());
     let error = ended.sent.expect_err("failed");
     assert_eq!(error.outcome(), SourceOutcome::PausedHere);
-    assert!(!ended.source.runs() && ended.destination.discarded);
+    assert!(
+        !ended.source.runs() && ended.destination.discarded,
+        "{error}"
+    );
     assert!(
         error.to_string().contains("Restore was told to fail"),
         "{error}"

@@ -26,6 +26,7 @@ pub(crate) fn moved(
     console.line("memory: ready", LIMIT)?;
     std::thread::sleep(Duration::from_millis(300));
     let (arriving, url) = destination.receive("tcp:127.0.0.1:0")?;
+    crate::limit::warm(mib)?;
     let leaving = source
         .api()
         .start("vm.send-migration", &json!({"destination_url": url}))?;

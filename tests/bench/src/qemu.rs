@@ -185,6 +185,7 @@ pub(crate) fn moved(folder: &Folder, kernel: &Path, mib: u64, cmdline: &str) -> 
         "migrate-set-parameters",
         json!({"max-bandwidth": 1_000_000_000_000u64}),
     )?;
+    crate::limit::warm(mib)?;
     source.call("migrate", json!({"uri": format!("tcp:127.0.0.1:{port}")}))?;
     let deadline = Instant::now() + LIMIT;
     let info = loop {

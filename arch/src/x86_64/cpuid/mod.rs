@@ -47,6 +47,7 @@ pub struct CpuidEntry {
 #[serde(transparent)]
 pub struct Cpuid {
     /// The answers.
+    #[serde(deserialize_with = "super::bounded::list::<_, _, 4096>")]
     pub entries: Vec<CpuidEntry>,
 }
 
