@@ -2,6 +2,7 @@
 //! thread and everything else (HTTP, command line, signals).
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU16;
 use std::sync::mpsc;
 
 use serde::{Deserialize, Serialize};
@@ -111,6 +112,9 @@ pub struct SendMigration {
     /// What happens then.
     #[serde(default)]
     pub timeout_strategy: TimeoutStrategy,
+    /// Connections that memory travels over; by default as many as this host has processors, up to 4.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connections: Option<NonZeroU16>,
 }
 
 fn default_downtime_ms() -> u64 {
@@ -129,6 +133,7 @@ impl SendMigration {
             downtime_ms: default_downtime_ms(),
             timeout_s: default_timeout_s(),
             timeout_strategy: TimeoutStrategy::default(),
+            connections: None,
         }
     }
 }

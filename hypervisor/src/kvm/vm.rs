@@ -1,6 +1,7 @@
 //! One machine: memory slots, interrupts, I/O events and the paravirtual clock.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -33,6 +34,8 @@ pub(crate) struct VmShared {
     pub fd: VmFd,
     /// Which MSRs this machine's vCPUs can read.
     pub readable_msrs: ReadableMsrs,
+    /// The TSC of one of the vCPUs has been restored.
+    pub tsc_written: AtomicBool,
 }
 
 /// A machine under KVM.
@@ -105,6 +108,7 @@ impl KvmVm {
                 host,
                 fd,
                 readable_msrs: ReadableMsrs::default(),
+                tsc_written: AtomicBool::new(false),
             }),
             slots: Mutex::default(),
             scratch: Mutex::default(),

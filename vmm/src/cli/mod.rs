@@ -18,6 +18,7 @@ mod progress;
 mod send;
 mod signals;
 
+use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -172,6 +173,9 @@ struct SendArgs {
     /// What to do after that time.
     #[arg(long, value_name = "WHAT", default_value = "cancel")]
     timeout_strategy: StrategyName,
+    /// How many connections memory travels over [default: one for each processor here, at most 4]
+    #[arg(long, value_name = "N")]
+    connections: Option<NonZeroU16>,
     /// Print the job as one JSON object on standard output when it is over.
     #[arg(long)]
     json: bool,

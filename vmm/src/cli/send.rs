@@ -25,6 +25,7 @@ pub(super) fn send(args: SendArgs) -> anyhow::Result<ExitCode> {
         downtime_ms: args.downtime_ms,
         timeout_s: args.timeout_s,
         timeout_strategy: args.timeout_strategy.into(),
+        connections: args.connections,
     };
     let request = serde_json::to_vec(&request).context("cannot write the request")?;
     let id = client.start_job("vm.send-migration", request)?;

@@ -11,7 +11,7 @@ use migration::{
 
 use super::Event;
 use super::instance::{BuildError, Instance, Plan};
-use crate::config::{SerialConfig, VmConfig};
+use crate::config::{SerialConfig, SerialMode, VmConfig};
 
 /// A machine on its way in.
 pub(super) struct MovingIn {
@@ -52,8 +52,18 @@ impl MovingIn {
         let refuse = |kind, detail: String| Refusal { kind, detail };
         let mut config = VmConfig::from_json(manifest.config.as_bytes())
             .map_err(|e| refuse(RefusalKind::Config, e.to_string()))?;
-        if let Some(serial) = &self.serial {
-            config.serial = serial.clone();
+        match &self.serial {
+            Some(serial) => config.serial = serial.clone(),
+            // Whoever connects must not choose which files of this host are made or written.
+            None if matches!(config.serial.mode, SerialMode::File | SerialMode::Socket) => {
+                return Err(refuse(
+                    RefusalKind::Device,
+                    "the guest's serial port leads to a file or socket of the source's host: say where it leads \
+                     at the destination (`vmm receive --serial …`, or `serial` in vm.receive-migration)"
+                        .into(),
+                ));
+            }
+            None => {}
         }
         if manifest.vcpus != config.cpus.boot_vcpus {
             return Err(refuse(

@@ -183,6 +183,8 @@ impl Instance {
         let demands = Arc::new(Demands::new(number, events.clone()));
         let irq_sink = Arc::new(IrqSink::new(Arc::clone(&vm)));
         let (devices, pio, mmio) = DeviceSet::build(&plan.config, &irq_sink, &demands)?;
+        // Until the machine is resumed nothing goes in or out: what is restored belongs to another machine up to then.
+        devices.pause();
         let bus = Arc::new(MachineBus::new(pio, mmio, devices.ioapic()));
 
         let cpuid = match plan.cpuid {
@@ -328,10 +330,10 @@ impl Instance {
         self.vcpus.resume();
     }
 
-    /// Ends all threads of the machine.
+    /// Ends the vCPUs. Devices stay as they are: of a machine that ran, the last output still leaves, of one that is
+    /// paused (it has moved away, or never began) none does.
     pub(super) fn stop(&self) {
         self.vcpus.stop();
-        self.devices.pause();
     }
 
     /// What a destination must know before it takes this machine.

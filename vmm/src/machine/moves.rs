@@ -35,6 +35,7 @@ impl Owner {
                 TimeoutStrategy::Cancel => migration::TimeoutStrategy::Cancel,
                 TimeoutStrategy::Ignore => migration::TimeoutStrategy::Ignore,
             },
+            data_channels: request.connections,
             ..SendOptions::default()
         };
         let control = Arc::new(MoveControl::new());
@@ -245,6 +246,8 @@ impl Owner {
                             .map(|a| (report, a))
                             .ok_or(ReceiveFailure::Nothing)
                     });
+                // Before anybody hears of the end, and listens there again.
+                drop(listener);
                 // Without a machine thread the process is ending.
                 let _ = events.send(Event::ReceiveEnded(job, result));
             });
@@ -272,6 +275,12 @@ impl Owner {
                     instance: Some(arrived.instance),
                 });
                 self.jobs.finish(job, JobStatus::Succeeded, None);
+                // Its only copy runs here now. Who wanted to end this process did not know that.
+                if let Some((_, Some(reply_to))) = self.ending.take() {
+                    reply_to(Err(ServiceError::wrong_state(
+                        "a machine has arrived meanwhile and runs here: ask again to power it off",
+                    )));
+                }
                 for demand in early {
                     self.serve(demand);
                 }

@@ -39,6 +39,11 @@ impl SourceMachine for MovingOut {
 
     fn start_dirty_tracking(&mut self) -> Result<(), MachineError> {
         self.tracking = true;
+        // What the loader and devices have written up to now is sent in the first round, like everything else.
+        for (index, region) in self.instance.ram().regions().iter().enumerate() {
+            let mut before = PageBitmap::new(region.pages());
+            self.instance.ram().take_device_dirty(index, &mut before);
+        }
         for slot in self.instance.memory_slots() {
             self.instance.vm().start_dirty_log(slot)?;
         }

@@ -83,7 +83,6 @@ struct Slot {
 pub(crate) struct VcpuSet {
     shared: Arc<Shared>,
     slots: Mutex<Vec<Slot>>,
-    count: usize,
 }
 
 fn lock(vcpu: &Mutex<Box<dyn Vcpu>>) -> MutexGuard<'_, Box<dyn Vcpu>> {
@@ -107,7 +106,6 @@ impl VcpuSet {
         });
         let set = Self {
             shared,
-            count: vcpus.len(),
             slots: Mutex::new(Vec::new()),
         };
         for vcpu in vcpus {
@@ -142,11 +140,13 @@ impl VcpuSet {
             gate.mode = Mode::Parked;
         }
         drop(gate);
-        for slot in self.slots().iter() {
-            slot.kick.kick();
-        }
+        let count = {
+            let slots = self.slots();
+            slots.iter().for_each(|slot| slot.kick.kick());
+            slots.len()
+        };
         let mut gate = self.shared.gate();
-        while gate.parked < self.count && gate.mode == Mode::Parked {
+        while gate.parked < count && gate.mode == Mode::Parked {
             gate = self
                 .shared
                 .changed
@@ -226,12 +226,25 @@ impl Drop for VcpuSet {
     }
 }
 
+/// Counts a thread that panics as parked: nobody must wait for it.
+struct PanicGuard<'a>(&'a Shared);
+
+impl Drop for PanicGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.gate().parked += 1;
+            self.0.changed.notify_all();
+        }
+    }
+}
+
 fn run_loop(
     vcpu: &Mutex<Box<dyn Vcpu>>,
     shared: &Shared,
     bus: &(dyn ExitBus + Send + Sync),
     demands: &Demands,
 ) {
+    let _guard = PanicGuard(shared);
     let mut seen = 0;
     let mut stay = false;
     while let Some(resume) = shared.wait_for_resume(seen, stay) {

@@ -45,7 +45,8 @@ const HIDDEN: [Hidden; 8] = [
     // Only ARAT: the local APIC's timer always runs. Everything else of leaf 6 is thermal and power management.
     hide(6, 0, [!bit(2), u32::MAX, u32::MAX, u32::MAX]),
     // EBX: SGX (enclaves do not move), RDT monitoring and allocation (no MSRs), processor trace.
-    // ECX: OSPKE (follows CR4), ENQCMD (needs a host PASID), SGX launch control.
+    // ECX: OSPKE (follows CR4), shadow stacks (SSP is not part of the saved state), ENQCMD (needs a host PASID), SGX
+    // launch control.
     // EDX: hybrid (a move may change the core type), PCONFIG, architectural LBR (needs performance monitoring).
     hide(
         7,
@@ -53,7 +54,7 @@ const HIDDEN: [Hidden; 8] = [
         [
             0,
             bit(2) | bit(12) | bit(15) | bit(25),
-            bit(4) | bit(29) | bit(30),
+            bit(4) | bit(7) | bit(29) | bit(30),
             bit(15) | bit(18) | bit(19),
         ],
     ),

@@ -13,10 +13,12 @@
 //! IA32_TSC is written as it was read. KVM takes a write that lies within a second of where the machine's TSC would be by
 //! now as meant to be the same TSC, and gives that vCPU the first one's offset. All vCPUs are saved after all
 //! have stopped, so the first one's value is at or past everything that any vCPU has seen: the guest's TSC is
-//! synchronised again and never goes back. It does not count the time the machine stood still. A guest that had set its TSCs less than
+//! synchronised again and never goes back. For the very first write of a machine that comparison is with the zero that it was
+//! created with (before Linux 6.7), so another value, far away, is written before. The TSC does not count the time the machine stood still. A guest that had set its TSCs less than
 //! a second apart gets them synchronised.
 
 use std::borrow::Cow;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::x86_64::state::{Msr, StateElement, VcpuState};
@@ -31,6 +33,14 @@ use crate::{Error, Result};
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+const IA32_SMBASE: u32 = 0x9e;
+const SMBASE_AFTER_RESET: u64 = 0x3_0000;
+const IA32_PERF_CAPABILITIES: u32 = 0x345;
+/// Writing these makes KVM write the time to guest memory, at an address that the guest may use otherwise by now. A
+/// guest writes them anew before each reading (Documentation/virt/kvm/x86/msr.rst).
+const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+/// A time-stamp far from any other.
+const FAR_AWAY: u64 = 1 << 60;
 
 /// Registers that KVM keeps for each vCPU but does not list (SDM vol. 4, chapter 2): IA32_DEBUGCTL, the MTRRs (8 variable
 /// ranges, 11 fixed ones, the default type), and four registers for each of KVM's 32 machine-check banks.
@@ -122,7 +132,20 @@ fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>> {
 }
 
 pub(super) fn restore(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
-    let ordered = in_order(&state.msrs);
+    let mut ordered = in_order(&state.msrs).into_owned();
+    ordered.retain(|msr| !KVM_WALL_CLOCK.contains(&msr.index));
+    if !vcpu.vm.tsc_written.swap(true, Ordering::Relaxed)
+        && let Some(at) = ordered.iter().position(|msr| msr.index == IA32_TSC)
+    {
+        let value = ordered[at].value ^ FAR_AWAY;
+        ordered.insert(
+            at,
+            Msr {
+                index: IA32_TSC,
+                value,
+            },
+        );
+    }
     let mut rest = &ordered[..];
     while !rest.is_empty() {
         let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
@@ -155,7 +178,19 @@ fn tolerate(vcpu: &KvmVcpu, wanted: Msr) -> Result<()> {
     match here {
         Some(value) if value == wanted.value => Ok(()),
         None if wanted.value == 0 => Ok(()),
+        _ if cannot_have_used(wanted) => Ok(()),
         here => Err(refused(vcpu, StateElement::Msrs, refusal(wanted, here))),
+    }
+}
+
+/// Registers that some hosts give every vCPU a value of, though no guest of ours is told of them in CPUID.
+fn cannot_have_used(msr: Msr) -> bool {
+    match msr.index {
+        // CPUID.1:ECX.PDCM is hidden, and so are all Hyper-V leaves.
+        IA32_PERF_CAPABILITIES | 0x4000_0000..=0x4000_01ff => true,
+        // Where it is after reset: the guest has never been in system management mode.
+        IA32_SMBASE => msr.value == SMBASE_AFTER_RESET,
+        _ => false,
     }
 }
 
