@@ -9,7 +9,9 @@ use migration::protocol::batch::{
     Attach, BatchHeader, ENCODING_RAW, ENCODING_ZERO, MAX_PAYLOAD, MAX_RUNS, RunDescriptor,
 };
 use migration::protocol::hello::{self, HelloBody, HelloHeader, MAGIC};
-use migration::protocol::message::{Abort, Accept, FrameHeader, Message, RoundDone, State};
+use migration::protocol::message::{
+    Abort, Accept, FrameHeader, Message, OPTIONAL, RoundDone, State,
+};
 use migration::protocol::{VERSIONS, VersionRange};
 use migration::{
     Cause, Listener, MoveControl, Phase, ReceiveError, ReceiveOptions, SendOptions, SourceOutcome,
@@ -562,7 +564,19 @@ fn reach_commit(listener: &TcpListener, stream: &mut TcpStream) {
     assert!(matches!(read_message(stream), Some(Message::State(_))));
     // The last round may still be on its way.
     std::thread::sleep(Duration::from_millis(300));
-    stream.write_all(&encoded(&Message::Ready)).expect("sent");
+    // With something that may be skipped behind it, which must not stand in the commit's way.
+    let optional = FrameHeader {
+        kind: 99.into(),
+        flags: OPTIONAL.into(),
+        length: 3.into(),
+    };
+    let ready = [
+        encoded(&Message::Ready).as_slice(),
+        optional.as_bytes(),
+        b"new",
+    ]
+    .concat();
+    stream.write_all(&ready).expect("sent");
     assert_eq!(read_message(stream), Some(Message::Commit));
     drop(rounds);
 }
