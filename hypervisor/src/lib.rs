@@ -16,6 +16,7 @@
 //! - An optional ability answers "no" by default and costs speed or a clear refusal, never a panic.
 
 mod api;
+pub mod emulator;
 mod error;
 pub mod kvm;
 
