@@ -213,6 +213,11 @@ pub trait Vm: Send + Sync {
         words: &[u64],
     ) -> Result<()>;
 
+    /// Counters of the back end, by name. By default none.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     /// Reads the paravirtual clock. All vCPUs should be stopped.
     fn clock(&self) -> Result<MachineClock>;
     /// Sets the paravirtual clock, advanced by the real time that has passed since it was read where

@@ -14,6 +14,7 @@ use super::dirty::Tracking;
 use super::host::Host;
 use super::ioevents::PortEvents;
 use super::{call, interrupts, time, vcpu};
+use crate::emulated::Counters;
 use crate::guest_memory::{self, Mapped, Memory, PAGE};
 use crate::{Error, GsiRoute, IoEventAddress, IoEventMatch, MemorySlot, Msi, Result, Vcpu, Vm};
 
@@ -29,6 +30,8 @@ pub(crate) struct VmShared {
     pub port_events: PortEvents,
     /// VPs inside `run`.
     pub running: time::Running,
+    /// Instructions that were emulated here.
+    pub emulation: Counters,
 }
 
 /// A machine under the Microsoft hypervisor.
@@ -50,6 +53,7 @@ impl MshvVm {
                 memory: Memory::default(),
                 port_events: PortEvents::default(),
                 running,
+                emulation: Counters::default(),
             }),
             tracking: Tracking::default(),
         })
@@ -238,6 +242,10 @@ impl Vm for MshvVm {
     ) -> Result<()> {
         // A fetch has re-armed already.
         Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.shared.emulation.list()
     }
 
     fn clock(&self) -> Result<MachineClock> {

@@ -325,7 +325,16 @@ impl Instance {
     }
 
     pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
-        BTreeMap::from([("bus".to_owned(), self.bus.counters())])
+        let hypervisor = self.vm.counters().into_iter();
+        BTreeMap::from([
+            ("bus".to_owned(), self.bus.counters()),
+            (
+                "hypervisor".to_owned(),
+                hypervisor
+                    .map(|(name, count)| (name.to_owned(), count))
+                    .collect(),
+            ),
+        ])
     }
 
     /// Stops vCPUs and devices: on return nothing of this machine writes guest memory.
