@@ -41,10 +41,10 @@ pub(crate) struct MshvVm {
 }
 
 impl MshvVm {
-    /// Creates and initialises a partition.
-    pub(crate) fn new(host: Arc<Host>) -> Result<Self> {
+    /// Creates and initialises a partition, with Hyper-V's interface or without.
+    pub(crate) fn new(host: Arc<Host>, hyperv: bool) -> Result<Self> {
         crate::signal::install_handler()?;
-        let fd = host.create_partition()?;
+        let fd = host.create_partition(hyperv)?;
         let running = time::Running::frozen(&fd)?;
         Ok(Self {
             shared: Arc::new(VmShared {

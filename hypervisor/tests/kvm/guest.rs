@@ -189,7 +189,10 @@ impl Guest {
     /// A machine with memory and a vCPU as after reset.
     pub(crate) fn new(kvm: &dyn Hypervisor) -> Self {
         let vm = kvm
-            .create_vm(&VmOptions { ioapic_pins: 24 })
+            .create_vm(&VmOptions {
+                ioapic_pins: 24,
+                hyperv: false,
+            })
             .expect("create a machine");
         let ram = Ram::new(RAM);
         let slot = ram.slot(0, 0);

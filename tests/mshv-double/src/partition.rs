@@ -143,6 +143,8 @@ impl Partition {
             KVM_CAP_X2APIC_API,
             u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK),
         )?;
+        // Without it KVM cannot tell a pending exception from one that is being delivered.
+        enable(KVM_CAP_EXCEPTION_PAYLOAD, 1)?;
         enable(
             KVM_CAP_X86_USER_SPACE_MSR,
             u64::from(KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL),
