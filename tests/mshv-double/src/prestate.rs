@@ -207,15 +207,22 @@ impl Machine<'_> {
             .filter_map(|instruction| {
                 let regs = self.undo(&instruction, now, 1, data);
                 let writes = self.accesses(&instruction, &regs, true);
-                let gva = writes.into_iter().find_map(|(linear, size)| {
-                    // Wide stores may come apart at a boundary of memory and device; then the part is smaller.
-                    let fits = size == data.len()
-                        || (size > data.len() && (gpa & 4095) as usize + size > 4096);
-                    (fits && self.physical(linear) == Some(gpa)).then_some(linear)
+                let (gva, skipped) = writes.into_iter().find_map(|(linear, size)| {
+                    // A store that crosses from RAM into a page of devices leaves with its second half only, and one
+                    // the other way round with its first.
+                    let first = (4096 - (linear & 4095) as usize).min(size);
+                    let whole = size == data.len() || first == data.len();
+                    if whole && self.physical(linear) == Some(gpa) {
+                        return Some((linear, 0));
+                    }
+                    let second = linear.wrapping_add(first as u64);
+                    let half = first < size && size - first == data.len();
+                    (half && self.physical(second) == Some(gpa)).then_some((second, first))
                 })?;
-                let known = self.stored(&instruction, &regs);
-                let agrees = known.is_none_or(|value| {
-                    value.to_le_bytes().starts_with(&data[..data.len().min(8)])
+                let agrees = self.stored(&instruction, &regs).is_none_or(|value| {
+                    let known = value.to_le_bytes();
+                    let length = data.len().min(8usize.saturating_sub(skipped));
+                    known[skipped.min(8)..].starts_with(&data[..length])
                 });
                 agrees.then_some(Found {
                     regs,

@@ -16,6 +16,11 @@ pub(crate) struct Ram {
     pub(crate) size: usize,
 }
 
+// SAFETY: the pages are only read and written as bytes, by trials that do so one at a time.
+unsafe impl Send for Ram {}
+// SAFETY: as above.
+unsafe impl Sync for Ram {}
+
 impl Ram {
     pub(crate) fn new(size: usize) -> Self {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
