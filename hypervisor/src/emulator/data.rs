@@ -1,9 +1,10 @@
 //! Moves between general registers, memory, immediates and ports.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
+use super::Vendor;
 use super::cpu::{Cpu, SegmentName, control, reg, rflags};
-use super::error::{Step, Stop, general_protection};
+use super::error::{Step, Stop, general_protection, invalid_opcode};
 use super::operand::{gpr, is_memory, mask, segment_name, sign_extend};
 use super::platform::AccessKind;
 
@@ -67,7 +68,7 @@ impl Cpu<'_> {
 
     /// XLAT.
     pub(super) fn translate_byte(&mut self, instruction: &Instruction) -> Step {
-        let name = segment_name(instruction.memory_segment()).ok_or(Stop::Unsupported)?;
+        let name = self.operand_segment(instruction)?;
         let base = gpr(instruction.memory_base()).ok_or(Stop::Unsupported)?;
         let offset = self.get(base).wrapping_add(self.part(reg::AX, 1)) & mask(base.bytes);
         let span = self.span(name, offset, 1, AccessKind::Read)?;
@@ -139,6 +140,20 @@ impl Cpu<'_> {
         let pointer = self.load_wide(&span)?;
         self.load_segment(name, (pointer >> (8 * to.bytes)) as u16)?;
         self.set(to, pointer as u64);
+        Ok(())
+    }
+
+    /// The opcodes that are reserved for hints. 0F 0D, a prefetch on AMD, is #UD there with a register.
+    pub(super) fn reserved_nop(&self, instruction: &Instruction) -> Step {
+        let prefetch = matches!(
+            instruction.code(),
+            Code::Reservednop_rm16_r16_0F0D
+                | Code::Reservednop_rm32_r32_0F0D
+                | Code::Reservednop_rm64_r64_0F0D
+        );
+        if prefetch && !is_memory(instruction, 0) && self.options.vendor == Vendor::Amd {
+            return invalid_opcode();
+        }
         Ok(())
     }
 

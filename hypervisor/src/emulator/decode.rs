@@ -81,6 +81,16 @@ impl Cpu<'_> {
                 _ => return Err(self.undecodable(fetched, bitness, options)),
             }
         }
+        let (prefixes, _) = fetched
+            .bytes
+            .split_at(fetched.instruction.len().saturating_sub(1));
+        // The decoder takes F3 REX.B 90, an XCHG with R8, for PAUSE.
+        if fetched.instruction.code() == Code::Pause
+            && self.mode == Mode::Bits64
+            && prefixes.last().is_some_and(|last| last & 0xf1 == 0x41)
+        {
+            return Err(Failure::Stop(Stop::Unsupported));
+        }
         self.next_rip = self.mask_rip(self.rip.wrapping_add(fetched.instruction.len() as u64));
         Ok(())
     }

@@ -64,6 +64,7 @@ enum Class {
     SoftwareInterrupt,
     Halt,
     Undefined,
+    ReservedNop,
     Nothing,
     ConditionalMove(u8),
     SetCondition(u8),
@@ -169,10 +170,11 @@ fn class(mnemonic: Mnemonic) -> Option<Class> {
         Mnemonic::Int3 | Mnemonic::Int1 | Mnemonic::Int | Mnemonic::Into => SoftwareInterrupt,
         Mnemonic::Hlt => Halt,
         Mnemonic::Ud0 | Mnemonic::Ud1 | Mnemonic::Ud2 => Undefined,
-        Mnemonic::Nop | Mnemonic::Reservednop | Mnemonic::Pause | Mnemonic::Endbr32 | Mnemonic::Endbr64
-            | Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence | Mnemonic::Prefetchnta
-            | Mnemonic::Prefetcht0 | Mnemonic::Prefetcht1 | Mnemonic::Prefetcht2 | Mnemonic::Prefetchw
-            | Mnemonic::Prefetchwt1 | Mnemonic::Prefetch => Nothing,
+        Mnemonic::Reservednop => ReservedNop,
+        Mnemonic::Nop | Mnemonic::Pause | Mnemonic::Endbr32 | Mnemonic::Endbr64 | Mnemonic::Lfence
+            | Mnemonic::Mfence | Mnemonic::Sfence | Mnemonic::Prefetchnta | Mnemonic::Prefetcht0
+            | Mnemonic::Prefetcht1 | Mnemonic::Prefetcht2 | Mnemonic::Prefetchw | Mnemonic::Prefetchwt1
+            | Mnemonic::Prefetch => Nothing,
         Mnemonic::Cmovo => ConditionalMove(0),
         Mnemonic::Cmovno => ConditionalMove(1),
         Mnemonic::Cmovb => ConditionalMove(2),
@@ -403,6 +405,7 @@ impl Cpu<'_> {
             SoftwareInterrupt => self.software_interrupt(i),
             Halt => self.halt(),
             Undefined => invalid_opcode(),
+            ReservedNop => self.reserved_nop(i),
             Nothing => Ok(()),
             ConditionalMove(condition) => self.conditional_move(i, condition),
             SetCondition(condition) => self.set_condition(i, condition),

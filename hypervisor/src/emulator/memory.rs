@@ -21,6 +21,25 @@ pub(super) struct Span {
     bytes: usize,
 }
 
+impl Span {
+    /// `bytes` bytes (at least 1) of the span, from `start` on. They must lie within it.
+    pub(super) fn part(&self, start: usize, bytes: usize) -> Self {
+        if start >= self.first {
+            let within = (start - self.first) as u64;
+            return Self {
+                gpa: [self.gpa[1].wrapping_add(within), 0],
+                first: bytes,
+                bytes,
+            };
+        }
+        Self {
+            gpa: [self.gpa[0].wrapping_add(start as u64), self.gpa[1]],
+            first: (self.first - start).min(bytes),
+            bytes,
+        }
+    }
+}
+
 impl Cpu<'_> {
     /// The linear address of `bytes` bytes at `offset` in a segment, if the segment allows the access.
     pub(super) fn linear(
@@ -107,8 +126,20 @@ impl Cpu<'_> {
         bytes: usize,
         kind: AccessKind,
     ) -> Step<Span> {
+        self.span_of(name, offset, bytes, bytes, kind)
+    }
+
+    /// As [`Self::span`], where alignment is a matter of elements of `element` bytes.
+    pub(super) fn span_of(
+        &mut self,
+        name: SegmentName,
+        offset: u64,
+        bytes: usize,
+        element: usize,
+        kind: AccessKind,
+    ) -> Step<Span> {
         let linear = self.linear(name, offset, bytes as u64, kind)?;
-        self.check_alignment(linear, bytes)?;
+        self.check_alignment(linear, element)?;
         self.span_at(linear, bytes, kind)
     }
 
@@ -127,7 +158,7 @@ impl Cpu<'_> {
         self.span_at(linear, bytes, kind)
     }
 
-    pub(super) fn span_at(&mut self, linear: u64, bytes: usize, kind: AccessKind) -> Step<Span> {
+    fn span_at(&mut self, linear: u64, bytes: usize, kind: AccessKind) -> Step<Span> {
         let in_page = (PAGE_BYTES - linear % PAGE_BYTES) as usize;
         let first = in_page.min(bytes);
         let mut gpa = [self.translate(linear, kind)?, 0];
@@ -141,12 +172,12 @@ impl Cpu<'_> {
         Ok(Span { gpa, first, bytes })
     }
 
-    /// #AC of SDM vol. 3, section 7.15. Only operands of up to 8 bytes have an alignment of their own here.
+    /// #AC (SDM vol. 3, section 7.15) for an operand whose width, a power of two, is its alignment.
     fn check_alignment(&self, linear: u64, bytes: usize) -> Step {
         let enabled = self.cpl == 3
             && self.flags_before & rflags::AC != 0
             && self.special.cr0 & control::CR0_AM != 0;
-        if enabled && matches!(bytes, 2 | 4 | 8) && !linear.is_multiple_of(bytes as u64) {
+        if enabled && bytes.is_power_of_two() && !linear.is_multiple_of(bytes as u64) {
             return Err(Exception::with_code(vector::AC, 0).into());
         }
         Ok(())

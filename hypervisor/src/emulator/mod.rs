@@ -193,7 +193,7 @@ pub fn emulate(
         }
         Err(stop) => {
             if commit.progress {
-                commit.iterations(state);
+                commit.iterations(state, options.vendor);
             }
             match stop {
                 Stop::Exception(mut exception) => {

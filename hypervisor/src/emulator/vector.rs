@@ -6,7 +6,7 @@ use super::cpu::rflags::{CF, ZF};
 use super::cpu::{Cpu, reg};
 use super::error::{Step, Stop};
 use super::memory::Span;
-use super::operand::{gpr, is_memory, mask, segment_name};
+use super::operand::{gpr, is_memory, mask};
 use super::platform::AccessKind;
 
 /// How an instruction is encoded, which decides what becomes of a register's upper half.
@@ -469,26 +469,18 @@ impl Cpu<'_> {
         let data = self.get_vector(data)?[0].to_le_bytes();
         let selected = self.get_vector(selected)?[0].to_le_bytes();
         let chosen = |index: usize| selected.get(index).is_some_and(|byte| byte & 0x80 != 0);
-        let segment = segment_name(instruction.memory_segment()).ok_or(Stop::Unsupported)?;
+        let segment = self.operand_segment(instruction)?;
         let start = self.part(reg::DI, address_bytes);
-        let mut runs = [None; 8];
-        let (mut index, mut used) = (0, 0);
+        // All 16 bytes must be writable, whichever are chosen.
+        let whole = self.span(segment, start, 16, AccessKind::Write)?;
+        let mut index = 0;
         while index < 16 {
             let length = (index..16).take_while(|&n| chosen(n)).count();
             if length > 0 {
-                let offset = start.wrapping_add(index as u64) & mask(address_bytes);
-                let linear = self.linear(segment, offset, length as u64, AccessKind::Write)?;
-                let span = self.span_at(linear, length, AccessKind::Write)?;
-                if let Some(run) = runs.get_mut(used) {
-                    *run = Some((span, index));
-                }
-                used += 1;
+                let (_, rest) = data.split_at(index);
+                self.write_span(&whole.part(index, length), rest)?;
             }
             index += length.max(1);
-        }
-        for (span, index) in runs.into_iter().flatten() {
-            let (_, rest) = data.split_at(index);
-            self.write_span(&span, rest)?;
         }
         Ok(())
     }

@@ -1,0 +1,8 @@
+//! The instruction emulator: against the real processor, against tables, and against nonsense.
+
+mod compare;
+mod flat;
+mod generate;
+mod native;
+mod random;
+mod undefined;
