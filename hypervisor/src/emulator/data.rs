@@ -35,8 +35,17 @@ impl Cpu<'_> {
     /// MOVSX and MOVSXD.
     pub(super) fn move_sign_extended(&mut self, instruction: &Instruction) -> Step {
         let bytes = self.operand_bytes(instruction, 1)?;
-        let value = sign_extend(self.read(instruction, 1)?, bytes);
-        self.write(instruction, 0, value)
+        let value = if instruction.code() == Code::Movsxd_r16_rm16
+            && is_memory(instruction, 1)
+            && self.options.vendor == Vendor::Amd
+        {
+            // AMD processors read four bytes all the same.
+            let span = self.memory(instruction, 4, AccessKind::Read)?;
+            self.load(&span)?
+        } else {
+            self.read(instruction, 1)?
+        };
+        self.write(instruction, 0, sign_extend(value, bytes))
     }
 
     /// MOVBE.

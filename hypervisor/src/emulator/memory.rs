@@ -1,7 +1,7 @@
 //! Linear addresses: segmentation and alignment checks, pages, and accesses that may cross one.
 
 use super::cpu::{Cpu, SegmentName, access, control, rflags};
-use super::error::{Exception, Step, Stop, vector};
+use super::error::{Exception, Step, Stop, general_protection, vector};
 use super::platform::{Access, AccessKind, TranslateFailure};
 
 /// Bytes of the smallest page, which no access of the platform crosses.
@@ -51,11 +51,7 @@ impl Cpu<'_> {
     ) -> Step<u64> {
         let segment = self.segment(name);
         if self.is_64bit() {
-            let base = match name {
-                SegmentName::Fs | SegmentName::Gs => segment.base,
-                _ => 0,
-            };
-            let linear = base.wrapping_add(offset);
+            let linear = self.base(name).wrapping_add(offset);
             let last = linear.wrapping_add(bytes.saturating_sub(1));
             if !self.canonical(linear) || !self.canonical(last) {
                 return self.segment_violation(name);
@@ -84,6 +80,15 @@ impl Cpu<'_> {
             return self.segment_violation(name);
         }
         Ok(segment.base.wrapping_add(offset) & 0xffff_ffff)
+    }
+
+    /// The base of a segment, which in 64-bit mode only FS and GS have.
+    fn base(&self, name: SegmentName) -> u64 {
+        match name {
+            SegmentName::Fs | SegmentName::Gs => self.segment(name).base,
+            _ if self.is_64bit() => 0,
+            _ => self.segment(name).base,
+        }
     }
 
     fn type_allows(&self, name: SegmentName, kind: AccessKind) -> bool {
@@ -151,10 +156,15 @@ impl Cpu<'_> {
         bytes: usize,
         kind: AccessKind,
     ) -> Step<Span> {
-        let linear = self.linear(name, offset, bytes as u64, kind)?;
-        if !linear.is_multiple_of(bytes as u64) {
-            return super::error::general_protection();
+        // Before the segment's own checks: where both fail, it is #GP even in SS.
+        if !self
+            .base(name)
+            .wrapping_add(offset)
+            .is_multiple_of(bytes as u64)
+        {
+            return general_protection();
         }
+        let linear = self.linear(name, offset, bytes as u64, kind)?;
         self.span_at(linear, bytes, kind)
     }
 

@@ -94,7 +94,8 @@ impl Cpu<'_> {
         let (segment, offset) = self.address(instruction)?;
         match alignment {
             Alignment::Required => self.aligned_span(segment, offset, bytes, kind),
-            Alignment::Free => self.span(segment, offset, bytes, kind),
+            // #AC asks for 16 bytes even of a 32-byte operand, as processors do it.
+            Alignment::Free => self.span_of(segment, offset, bytes, 16, kind),
         }
     }
 
@@ -472,7 +473,7 @@ impl Cpu<'_> {
         let segment = self.operand_segment(instruction)?;
         let start = self.part(reg::DI, address_bytes);
         // All 16 bytes must be writable, whichever are chosen.
-        let whole = self.span(segment, start, 16, AccessKind::Write)?;
+        let whole = self.span_of(segment, start, 16, 8, AccessKind::Write)?;
         let mut index = 0;
         while index < 16 {
             let length = (index..16).take_while(|&n| chosen(n)).count();
