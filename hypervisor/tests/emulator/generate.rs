@@ -98,6 +98,17 @@ fn is_segment(register: Register) -> bool {
     (Register::ES as u32..=Register::GS as u32).contains(&(register as u32))
 }
 
+/// Opcodes of the two upper VEX maps that have covered instructions.
+const VEX_0F38: &[u8] = &[
+    0x17, 0x18, 0x19, 0x1a, 0x29, 0x2a, 0x37, 0x58, 0x59, 0x5a, 0x78, 0x79, 0xf2, 0xf3, 0xf5, 0xf6,
+    0xf7,
+];
+const VEX_0F3A: &[u8] = &[0x14, 0x15, 0x16, 0x18, 0x19, 0x20, 0x22, 0x38, 0x39, 0xf0];
+
+fn vvvv(random: &mut Random) -> u8 {
+    if random.one_in(2) { 0x78 } else { 0 }
+}
+
 /// Puts prefixes and an opcode map before the random bytes.
 fn shape(random: &mut Random, bytes: &mut [u8; 15]) {
     let mut head = Vec::with_capacity(8);
@@ -118,18 +129,24 @@ fn shape(random: &mut Random, bytes: &mut [u8; 15]) {
     }
     let map = random.below(12);
     match map {
-        // VEX, two and three bytes.
+        // VEX, two and three bytes. Where there is no vvvv operand, its bits must be ones.
         0 => {
             head.clear();
-            head.extend([0xc5, random.byte()]);
+            head.extend([0xc5, random.byte() | vvvv(random)]);
         }
         1 => {
             head.clear();
-            head.extend([
-                0xc4,
-                random.byte() & 0xe0 | (1 + random.byte() % 3),
-                random.byte(),
-            ]);
+            let map = 1 + random.byte() % 3;
+            head.extend([0xc4, random.byte() & 0xe0 | map]);
+            head.push(random.byte() | vvvv(random));
+            let opcodes: &[u8] = match map {
+                2 => VEX_0F38,
+                3 => VEX_0F3A,
+                _ => &[],
+            };
+            if !opcodes.is_empty() && random.one_in(2) {
+                head.push(opcodes[random.below(opcodes.len() as u64) as usize]);
+            }
         }
         _ => {
             if random.one_in(2) {

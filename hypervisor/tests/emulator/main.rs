@@ -5,4 +5,5 @@ mod flat;
 mod generate;
 mod native;
 mod random;
+mod speed;
 mod undefined;
