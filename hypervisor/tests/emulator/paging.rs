@@ -43,7 +43,7 @@ impl Tables {
 
 impl TableMemory for Tables {
     fn read(&mut self, gpa: u64, data: &mut [u8]) -> Result<(), PlatformError> {
-        assert!(matches!(data.len(), 4 | 8) && gpa % data.len() as u64 == 0);
+        assert!(matches!(data.len(), 4 | 8) && gpa.is_multiple_of(data.len() as u64));
         data.copy_from_slice(&self.get(gpa).to_le_bytes()[..data.len()]);
         Ok(())
     }
@@ -282,7 +282,7 @@ fn five_levels() {
     let mut tables = Tables::default();
     for level in 1..=5u64 {
         let entry = 0x1000 * (6 - level) + (gva >> (12 + 9 * (level - 1)) & 0x1ff) * 8;
-        tables.set(entry, 0x1000 * (7 - level) | P | W);
+        tables.set(entry, (0x1000 * (7 - level)) | P | W);
     }
     let mut paging = long();
     paging.cr4 |= LA57;
