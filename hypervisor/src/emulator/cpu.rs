@@ -38,6 +38,8 @@ pub(super) mod control {
     pub(in crate::emulator) const CR4_OSFXSR: u64 = 1 << 9;
     pub(in crate::emulator) const CR4_UMIP: u64 = 1 << 11;
     pub(in crate::emulator) const CR4_LA57: u64 = 1 << 12;
+    pub(in crate::emulator) const CR4_FSGSBASE: u64 = 1 << 16;
+    pub(in crate::emulator) const CR4_CET: u64 = 1 << 23;
     pub(in crate::emulator) const CR4_OSXSAVE: u64 = 1 << 18;
     pub(in crate::emulator) const EFER_LMA: u64 = 1 << 10;
 }

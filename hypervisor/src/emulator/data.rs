@@ -3,8 +3,8 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::Vendor;
-use super::cpu::{Cpu, SegmentName, control, reg, rflags};
-use super::error::{Step, Stop, general_protection, invalid_opcode};
+use super::cpu::{Cpu, SegmentName, reg, rflags};
+use super::error::{Step, Stop, invalid_opcode};
 use super::operand::{gpr, is_memory, mask, segment_name, sign_extend};
 use super::platform::AccessKind;
 
@@ -164,15 +164,6 @@ impl Cpu<'_> {
             return invalid_opcode();
         }
         Ok(())
-    }
-
-    /// SMSW.
-    pub(super) fn store_machine_status(&mut self, instruction: &Instruction) -> Step {
-        if self.special.cr4 & control::CR4_UMIP != 0 && self.cpl != 0 {
-            return general_protection();
-        }
-        let cr0 = self.special.cr0;
-        self.write(instruction, 0, cr0)
     }
 
     /// SALC.

@@ -18,6 +18,19 @@ const NOT_NATIVE: &[(Mnemonic, &str)] = &[
     (Mnemonic::Outsd, "the kernel decides about ports"),
     (Mnemonic::Int, "the kernel answers it"),
     (Mnemonic::Smsw, "UMIP lets the kernel answer it"),
+    (Mnemonic::Sgdt, "UMIP lets the kernel answer it"),
+    (Mnemonic::Sidt, "UMIP lets the kernel answer it"),
+    (Mnemonic::Sldt, "UMIP lets the kernel answer it"),
+    (Mnemonic::Str, "UMIP lets the kernel answer it"),
+    (Mnemonic::Lar, "needs the kernel's GDT"),
+    (Mnemonic::Lsl, "needs the kernel's GDT"),
+    (Mnemonic::Verr, "needs the kernel's GDT"),
+    (Mnemonic::Verw, "needs the kernel's GDT"),
+    (Mnemonic::Rdfsbase, "FS is the test's own"),
+    (Mnemonic::Wrfsbase, "FS is the test's own"),
+    (Mnemonic::Wrgsbase, "would change GS for the next case"),
+    (Mnemonic::Rdsspd, "depends on the kernel's shadow stacks"),
+    (Mnemonic::Rdsspq, "depends on the kernel's shadow stacks"),
     (Mnemonic::Lfs, "needs the kernel's GDT"),
     (Mnemonic::Lgs, "needs the kernel's GDT"),
     (Mnemonic::Lss, "needs the kernel's GDT"),
@@ -100,8 +113,8 @@ fn is_segment(register: Register) -> bool {
 
 /// Opcodes of the two upper VEX maps that have covered instructions.
 const VEX_0F38: &[u8] = &[
-    0x17, 0x18, 0x19, 0x1a, 0x29, 0x2a, 0x37, 0x58, 0x59, 0x5a, 0x78, 0x79, 0xf2, 0xf3, 0xf5, 0xf6,
-    0xf7,
+    0x00, 0x17, 0x18, 0x19, 0x1a, 0x29, 0x2a, 0x37, 0x38, 0x39, 0x3a, 0x3b, 0x3c, 0x3d, 0x3e, 0x3f,
+    0x40, 0x58, 0x59, 0x5a, 0x78, 0x79, 0xf2, 0xf3, 0xf5, 0xf6, 0xf7,
 ];
 const VEX_0F3A: &[u8] = &[0x14, 0x15, 0x16, 0x18, 0x19, 0x20, 0x22, 0x38, 0x39, 0xf0];
 

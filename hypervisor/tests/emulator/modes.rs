@@ -623,3 +623,103 @@ fn amd_obeys_the_operand_size_of_branches() {
         assert_eq!(b.state.general.rip, target);
     }
 }
+
+#[test]
+fn descriptor_tables_can_be_stored() {
+    let mut b = Bench::long();
+    b.state.special.idt.base = 0xffff_8000_1234_5678;
+    b.state.special.idt.limit = 0xfff;
+    b.state.special.tr.selector = 0x40;
+    b.general().rax = BASE + 0x100;
+    b.complete(&[0x0f, 0x01, 0x08]); // sidt [rax]
+    assert_eq!(b.peek(BASE + 0x100, 2), 0xfff);
+    assert_eq!(b.peek(BASE + 0x102, 8), 0xffff_8000_1234_5678);
+    b.complete(&[0x0f, 0x00, 0xc9]); // str ecx
+    assert_eq!(b.state.general.rcx, 0x40);
+    b.complete(&[0x48, 0x0f, 0x01, 0xe1]); // smsw rcx
+    assert_eq!(b.state.general.rcx, b.state.special.cr0);
+    // UMIP keeps ring 3 from it.
+    b.state.special.cr4 |= 1 << 11;
+    b.complete(&[0x0f, 0x01, 0x08]);
+    b.state.special.ss.access |= 0x60;
+    for bytes in [
+        &[0x0f, 0x01, 0x08][..],
+        &[0x0f, 0x01, 0xe1],
+        &[0x0f, 0x00, 0xc9],
+    ] {
+        assert_eq!(
+            b.fault(bytes),
+            Exception::with_code(v::GP, 0),
+            "{bytes:02x?}"
+        );
+    }
+    let mut b = Bench::real();
+    assert_eq!(b.fault(&[0x0f, 0x00, 0xc8]), Exception::fault(v::UD)); // str ax
+    b.complete(&[0x0f, 0x01, 0x07]); // sgdt [bx]: six bytes
+}
+
+/// Access byte of the descriptor; whether LAR, LSL, VERR, VERW find it usable in ring 0 (SDM vol. 2).
+#[test]
+fn selectors_can_be_examined() {
+    let rows = [
+        (0x92u64, true, true, true, true),  // writable data
+        (0x90, true, true, true, false),    // read-only data
+        (0x98, true, true, false, false),   // execute-only code
+        (0x9a, true, true, true, false),    // readable code
+        (0x82, true, true, false, false),   // LDT
+        (0x89, true, true, false, false),   // TSS
+        (0x8c, true, false, false, false),  // call gate
+        (0x8e, false, false, false, false), // interrupt gate
+    ];
+    for (access, lar, lsl, verr, verw) in rows {
+        let mut b = Bench::protected();
+        let gdt = b.state.special.gdt.base;
+        let descriptor = 0x00c0_0000_0000_0012 | access << 40;
+        b.poke(gdt + 0x18, &descriptor.to_le_bytes());
+        b.general().rax = 0x18;
+        for (bytes, usable) in [
+            (&[0x0f, 0x02, 0xc8][..], lar), // lar ecx, eax
+            (&[0x0f, 0x03, 0xd0], lsl),     // lsl edx, eax
+            (&[0x0f, 0x00, 0xe0], verr),
+            (&[0x0f, 0x00, 0xe8], verw),
+        ] {
+            b.complete(bytes);
+            assert_eq!(
+                b.state.general.rflags & ZF != 0,
+                usable,
+                "{access:x} {bytes:02x?}"
+            );
+        }
+        assert_eq!(
+            b.state.general.rcx,
+            if lar { 0xc0_0000 | access << 8 } else { 0 }
+        );
+        assert_eq!(b.state.general.rdx, if lsl { 0x1_2fff } else { 0 });
+    }
+    let mut b = Bench::protected();
+    b.general().rax = 0x7ff8; // beyond the table
+    b.general().rflags |= ZF;
+    b.complete(&[0x0f, 0x00, 0xe8]);
+    assert_eq!(b.state.general.rflags & ZF, 0);
+}
+
+#[test]
+fn segment_bases_can_be_read_and_written() {
+    let mut b = Bench::long();
+    b.general().rax = 0xffff_8000_0000_1000;
+    b.complete(&[0xf3, 0x48, 0x0f, 0xae, 0xd0]); // wrfsbase rax
+    assert_eq!(b.state.special.fs.base, 0xffff_8000_0000_1000);
+    b.complete(&[0xf3, 0x48, 0x0f, 0xae, 0xd8]); // wrgsbase rax
+    b.complete(&[0xf3, 0x0f, 0xae, 0xc9]); // rdgsbase ecx
+    assert_eq!(b.state.general.rcx, 0x1000);
+    b.general().rax = 1 << 47;
+    assert_eq!(
+        b.fault(&[0xf3, 0x48, 0x0f, 0xae, 0xd0]),
+        Exception::with_code(v::GP, 0)
+    );
+    b.state.special.cr4 &= !(1 << 16);
+    assert_eq!(
+        b.fault(&[0xf3, 0x48, 0x0f, 0xae, 0xc0]),
+        Exception::fault(v::UD)
+    );
+}
