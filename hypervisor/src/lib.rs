@@ -26,5 +26,14 @@ pub use error::{Error, Result};
 ///
 /// An [`Error::Open`] says what to do about a host that has none.
 pub fn open_default() -> Result<Box<dyn Hypervisor>> {
-    Ok(Box::new(kvm::Kvm::open()?))
+    open(HypervisorKind::Kvm)
+}
+
+/// Opens one back end.
+///
+/// An [`Error::Open`] says what to do about a host that lacks it.
+pub fn open(kind: HypervisorKind) -> Result<Box<dyn Hypervisor>> {
+    match kind {
+        HypervisorKind::Kvm => Ok(Box::new(kvm::Kvm::open()?)),
+    }
 }
