@@ -166,6 +166,11 @@ impl Guest {
         })
     }
 
+    /// Maps a 2 MiB page of guest-virtual addresses below 2 GiB to another place. A page that was mapped must not have been used.
+    pub fn map_2m(&self, virtual_address: u64, gpa: u64) {
+        tables::map_2m(&self.ram, virtual_address, gpa);
+    }
+
     /// Software-enables the local APIC, with spurious vector 0xff (SDM vol. 3, section 11.9).
     pub fn enable_apic(&mut self) -> Outcome {
         let mut state = self.vcpu.save_state()?;

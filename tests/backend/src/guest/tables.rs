@@ -29,7 +29,7 @@ pub const CODE16: u16 = 0x20;
 /// 16-bit data, base 0, limit 64 KiB.
 pub const DATA16: u16 = 0x28;
 /// 64-bit code in ring 3.
-pub const USER_CODE64: u16 = 0x33;
+const USER_CODE64: u16 = 0x33;
 /// Flat data in ring 3.
 pub const USER_DATA: u16 = 0x3b;
 /// Flat 32-bit code in ring 3.
@@ -118,11 +118,13 @@ pub(super) fn write(ram: &Ram) -> Outcome {
     Ok(())
 }
 
+/// Present, writable, user, accessed, dirty: the processor never needs to write to the tables.
+const TABLE: u64 = 0x67;
+/// The same of a page of 2 MiB.
+const PAGE_2M: u64 = 0xe7;
+
 /// Maps the first GiB and the last one below 4 GiB one to one in 2 MiB pages, for all rings.
 fn page_tables(ram: &Ram) {
-    // Present, writable, user, accessed, dirty: the processor never needs to write to the tables.
-    const TABLE: u64 = 0x67;
-    const PAGE_2M: u64 = 0xe7;
     let [directories, first, last] = [1, 2, 3].map(|page| PAGE_TABLES + page * 0x1000);
     ram.write_u64(PAGE_TABLES, directories | TABLE);
     ram.write_u64(directories, first | TABLE);
@@ -131,6 +133,18 @@ fn page_tables(ram: &Ram) {
         ram.write_u64(first + index * 8, index << 21 | PAGE_2M);
         ram.write_u64(last + index * 8, 3 << 30 | index << 21 | PAGE_2M);
     }
+}
+
+/// Maps a 2 MiB page below 2 GiB; the second GiB gets its table when it is first used.
+pub(super) fn map_2m(ram: &Ram, virtual_address: u64, gpa: u64) {
+    let (first, second) = (PAGE_TABLES + 0x2000, PAGE_TABLES + 0x4000);
+    let table = if virtual_address < 1 << 30 {
+        first
+    } else {
+        ram.write_u64(PAGE_TABLES + 0x1008, second | TABLE);
+        second
+    };
+    ram.write_u64(table + (virtual_address >> 21 & 511) * 8, gpa | PAGE_2M);
 }
 
 /// Puts the vCPU into long mode in a ring.

@@ -1,8 +1,21 @@
 //! The programs, by what they are about.
 
+mod mmio;
+mod mmio_operations;
+mod mmio_strings;
+mod port_strings;
 mod ports;
 
+use hypervisor::Hypervisor;
+
 use crate::harness::Program;
+use crate::outcome::Outcome;
+
+/// Whether guests are offered a feature: a leaf of CPUID, and a bit of its ECX.
+fn has_feature(hypervisor: &dyn Hypervisor, (leaf, ecx): (u32, u32)) -> Outcome<bool> {
+    let cpuid = hypervisor.supported_cpuid()?;
+    Ok(cpuid.get(leaf, 0).is_some_and(|entry| entry.ecx & ecx != 0))
+}
 
 /// A group of programs from one module, named after it.
 macro_rules! programs {
@@ -19,4 +32,13 @@ macro_rules! programs {
 
 programs! {
     ports: all_widths, immediate_forms, read_only_what_they_must, in_ring_3, a_kick_finds_the_access_complete;
+    port_strings: outs_makes_one_access_an_element, ins_makes_one_access_an_element, downwards, counts_of_zero,
+        buffers_across_pages, long_transfers;
+    mmio: moves_of_all_widths, moves_of_immediates, extending_moves, byte_swapping_moves, sixteen_byte_moves, unaligned,
+        across_the_edge_of_memory, across_pages_of_devices, in_real_mode, in_segments_with_a_base, through_fs_and_gs,
+        every_register;
+    mmio_operations: arithmetic, arithmetic_of_other_widths, comparisons_only_read, exchanges, compare_and_exchange,
+        exchange_and_add, bit_operations, stack_operations, jumps_through_device_memory;
+    mmio_strings: stores, moves_between_memory_and_device, moves_between_devices, loads, comparisons_and_scans,
+        a_page_fault_in_the_middle_of_a_store, a_page_fault_in_the_middle_of_a_move;
 }
