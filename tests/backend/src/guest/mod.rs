@@ -28,7 +28,7 @@ pub use handlers::Fault;
 pub use ram::Ram;
 pub use tables::{
     BASED, CODE_BASED, CODE16, CODE32, CODE64, DATA as DATA_SELECTOR, DATA_BASED, DATA16, USER_CODE32,
-    USER_DATA, loaded, segment,
+    USER_CODE64, USER_DATA, loaded, segment,
 };
 
 use crate::outcome::{Outcome, ensure, fail};
@@ -169,6 +169,11 @@ impl Guest {
     /// Maps a 2 MiB page of guest-virtual addresses below 2 GiB to another place. A page that was mapped must not have been used.
     pub fn map_2m(&self, virtual_address: u64, gpa: u64) {
         tables::map_2m(&self.ram, virtual_address, gpa);
+    }
+
+    /// Forbids a port to ring 3.
+    pub fn deny_port(&self, port: u16) {
+        tables::deny_port(&self.ram, port);
     }
 
     /// Software-enables the local APIC, with spurious vector 0xff (SDM vol. 3, section 11.9).

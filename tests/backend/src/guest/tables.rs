@@ -29,7 +29,7 @@ pub const CODE16: u16 = 0x20;
 /// 16-bit data, base 0, limit 64 KiB.
 pub const DATA16: u16 = 0x28;
 /// 64-bit code in ring 3.
-const USER_CODE64: u16 = 0x33;
+pub const USER_CODE64: u16 = 0x33;
 /// Flat data in ring 3.
 pub const USER_DATA: u16 = 0x3b;
 /// Flat 32-bit code in ring 3.
@@ -145,6 +145,13 @@ pub(super) fn map_2m(ram: &Ram, virtual_address: u64, gpa: u64) {
         second
     };
     ram.write_u64(table + (virtual_address >> 21 & 511) * 8, gpa | PAGE_2M);
+}
+
+/// Sets the port's bit in the permission bitmap.
+pub(super) fn deny_port(ram: &Ram, port: u16) {
+    let at = TSS + 0x68 + u64::from(port) / 8;
+    let [byte] = ram.read(at);
+    ram.write(at, &[byte | 1 << (port % 8)]);
 }
 
 /// Puts the vCPU into long mode in a ring.

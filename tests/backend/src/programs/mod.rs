@@ -1,8 +1,10 @@
 //! The programs, by what they are about.
 
+mod exceptions;
 mod mmio;
 mod mmio_operations;
 mod mmio_strings;
+mod modes;
 mod port_strings;
 mod ports;
 
@@ -41,4 +43,8 @@ programs! {
         exchange_and_add, bit_operations, stack_operations, jumps_through_device_memory;
     mmio_strings: stores, moves_between_memory_and_device, moves_between_devices, loads, comparisons_and_scans,
         a_page_fault_in_the_middle_of_a_store, a_page_fault_in_the_middle_of_a_move;
+    exceptions: divide_error, undefined_opcode, general_protection, page_faults, page_fault_beside_a_device,
+        breakpoint_instruction, in_real_mode, pending_in_a_restored_state, denied_ports;
+    modes: real_mode_segments_and_calls, protected_mode_loads_segments, from_real_to_long_mode, compatibility_mode,
+        code_segments_with_a_base, self_modifying_code, code_changed_from_outside;
 }
