@@ -171,6 +171,11 @@ impl Guest {
         tables::map_2m(&self.ram, virtual_address, gpa);
     }
 
+    /// Gives a vector of long mode a handler of its own.
+    pub fn handle(&self, vector: u8, handler: u64) {
+        tables::gate(&self.ram, vector, handler);
+    }
+
     /// Forbids a port to ring 3.
     pub fn deny_port(&self, port: u16) {
         tables::deny_port(&self.ram, port);

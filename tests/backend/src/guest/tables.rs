@@ -107,12 +107,8 @@ pub(super) fn write(ram: &Ram) -> Outcome {
     ram.write(TSS + 0x66, &0x68u16.to_le_bytes());
     ram.write(TSS + TSS_LEN - 1, &[0xff]);
     page_tables(ram);
-    for vector in 0..256u64 {
-        let target = HANDLERS + vector * 16;
-        // A 64-bit interrupt gate that ring 3 may use (SDM vol. 3, figure 6-8).
-        let gate = target & 0xffff | u64::from(CODE64) << 16 | 0xee00 << 32 | (target >> 16) << 48;
-        ram.write_u64(IDT + vector * 16, gate);
-        ram.write_u64(IDT + vector * 16 + 8, target >> 32);
+    for vector in 0..=255 {
+        gate(ram, vector, HANDLERS + u64::from(vector) * 16);
     }
     ram.write(HANDLERS, handlers()?);
     Ok(())
@@ -145,6 +141,14 @@ pub(super) fn map_2m(ram: &Ram, virtual_address: u64, gpa: u64) {
         second
     };
     ram.write_u64(table + (virtual_address >> 21 & 511) * 8, gpa | PAGE_2M);
+}
+
+/// Writes a 64-bit interrupt gate that ring 3 may use (SDM vol. 3, figure 6-8).
+pub(super) fn gate(ram: &Ram, vector: u8, target: u64) {
+    let at = IDT + u64::from(vector) * 16;
+    let low = target & 0xffff | u64::from(CODE64) << 16 | 0xee00 << 32 | (target >> 16 & 0xffff) << 48;
+    ram.write_u64(at, low);
+    ram.write_u64(at + 8, target >> 32);
 }
 
 /// Sets the port's bit in the permission bitmap.

@@ -1,12 +1,16 @@
 //! The programs, by what they are about.
 
+mod cpuid;
 mod exceptions;
+mod interrupts;
+mod io_events;
 mod mmio;
 mod mmio_operations;
 mod mmio_strings;
 mod modes;
 mod port_strings;
 mod ports;
+mod processors;
 
 use hypervisor::Hypervisor;
 
@@ -47,4 +51,10 @@ programs! {
         breakpoint_instruction, in_real_mode, pending_in_a_restored_state, denied_ports;
     modes: real_mode_segments_and_calls, protected_mode_loads_segments, from_real_to_long_mode, compatibility_mode,
         code_segments_with_a_base, self_modifying_code, code_changed_from_outside;
+    interrupts: messages, irqfds_follow_their_routes, routes_without_end_are_refused, the_window_opens_with_sti,
+        a_waiting_interrupt_travels, priorities, hlt_wakes_by_a_message, nmi_by_a_message,
+        the_end_of_a_level_triggered_one_is_reported, the_local_timer_wakes, self_ipi;
+    io_events: memory_writes, memory_writes_of_a_value, port_writes, wrong_registrations_are_refused;
+    processors: after_reset_one_waits_and_one_runs, start_up_by_ipi, interrupts_between_two;
+    cpuid: what_was_set_is_what_is_read, the_table_is_kept, leaves_beyond_the_table, each_vcpu_reads_its_own_apic_id;
 }
