@@ -56,5 +56,5 @@ programs! {
         the_end_of_a_level_triggered_one_is_reported, the_local_timer_wakes, self_ipi;
     io_events: memory_writes, memory_writes_of_a_value, port_writes, wrong_registrations_are_refused;
     processors: after_reset_one_waits_and_one_runs, start_up_by_ipi, interrupts_between_two;
-    cpuid: what_was_set_is_what_is_read, the_table_is_kept, leaves_beyond_the_table, each_vcpu_reads_its_own_apic_id;
+    cpuid: what_is_shown_is_what_is_read, masked_features_stay_masked, the_table_is_kept, leaves_beyond_the_table, each_vcpu_reads_its_own_apic_id;
 }

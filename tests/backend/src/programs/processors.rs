@@ -38,7 +38,8 @@ pub(super) fn beside<T>(
         let ran = runner
             .join()
             .unwrap_or_else(|_| fail("the second vCPU's thread panicked"));
-        worked.and_then(|value| ran.map(|()| value))
+        // What went wrong there is why nothing came of it here.
+        ran.and(worked)
     })
 }
 
@@ -68,6 +69,8 @@ pub(super) fn start_up_by_ipi(hypervisor: &dyn Hypervisor) -> Outcome {
     let mut guest = Guest::long(hypervisor, &|a| {
         let mut wait = a.create_label();
         a.mov(edi, APIC as u32)?;
+        // Firmware switches its own local APIC on first. (KVM learns of a new vCPU's only with the next change of any.)
+        a.mov(dword_ptr(rdi + 0xf0), 0x1ff)?;
         a.mov(dword_ptr(rdi + 0x310), 1 << 24)?;
         a.mov(dword_ptr(rdi + 0x300), 0x4500)?;
         a.mov(dword_ptr(rdi + 0x300), (0x4600 | START_UP >> 12) as i32)?;
@@ -84,7 +87,6 @@ pub(super) fn start_up_by_ipi(hypervisor: &dyn Hypervisor) -> Outcome {
         a.mov(dword_ptr(DATA), 1)?;
         a.spin()
     })?;
-    guest.enable_apic()?;
     let (mut second, bus) = guest.add_vcpu(hypervisor, 1)?;
     beside(&mut *second, &bus, || guest.run())?;
     same!(guest.ram.read(DATA + 4), [0x00, 0x13], "CS of the second vCPU");
