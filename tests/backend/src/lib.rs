@@ -22,6 +22,7 @@ pub mod back_ends;
 pub mod cli;
 pub mod guest;
 mod harness;
+mod host;
 mod outcome;
 mod programs;
 pub mod trials;

@@ -1,26 +1,39 @@
 //! The programs, by what they are about.
 
 mod cpuid;
+mod debug;
 mod exceptions;
+mod floating_point;
 mod interrupts;
 mod io_events;
 mod mmio;
 mod mmio_operations;
 mod mmio_strings;
 mod modes;
+mod msrs;
 mod port_strings;
 mod ports;
 mod processors;
+mod time;
 
 use hypervisor::Hypervisor;
 
 use crate::harness::Program;
-use crate::outcome::Outcome;
+use crate::host;
+use crate::outcome::{Outcome, skip};
 
 /// Whether guests are offered a feature: a leaf of CPUID, and a bit of its ECX.
 fn has_feature(hypervisor: &dyn Hypervisor, (leaf, ecx): (u32, u32)) -> Outcome<bool> {
     let cpuid = hypervisor.supported_cpuid()?;
     Ok(cpuid.get(leaf, 0).is_some_and(|entry| entry.ecx & ecx != 0))
+}
+
+/// Skips where the host itself is QEMU's emulator, whose SVM delivers no debug exception into a guest.
+fn no_breakpoints_here() -> Outcome {
+    if host::is_emulated() {
+        return skip("the host is QEMU's emulator, which delivers no breakpoints to a nested guest");
+    }
+    Ok(())
 }
 
 /// A group of programs from one module, named after it.
@@ -57,4 +70,10 @@ programs! {
     io_events: memory_writes, memory_writes_of_a_value, port_writes, wrong_registrations_are_refused;
     processors: after_reset_one_waits_and_one_runs, start_up_by_ipi, interrupts_between_two;
     cpuid: what_is_shown_is_what_is_read, masked_features_stay_masked, the_table_is_kept, leaves_beyond_the_table, each_vcpu_reads_its_own_apic_id;
+    msrs: what_is_written_is_read_and_saved, what_is_restored_is_read, efer, unknown_ones_are_refused, privileged,
+        the_list_is_sorted_and_complete;
+    time: the_counter_never_goes_back, the_counter_goes_on_after_a_restore, two_counters_are_in_step,
+        two_counters_are_in_step_after_a_restore, the_deadline_timer_wakes, the_clock_goes_on_from_where_it_was_read;
+    debug: registers_keep_their_values, instruction_breakpoint, data_breakpoint, single_steps;
+    floating_point: sse_over_exits, sse_over_a_move, avx_over_exits, avx_over_a_move;
 }
