@@ -66,7 +66,10 @@ pub fn named(name: &str) -> Option<&'static BackEnd> {
 impl Double {
     /// Where the library is: where the variable says, or among what this workspace has built.
     pub fn find(&self) -> Result<PathBuf, String> {
-        let advice = format!("build it with `{}`, or say where it is with {}", self.build, self.variable);
+        let advice = format!(
+            "build it with `{}`, or say where it is with {}",
+            self.build, self.variable
+        );
         if let Some(given) = std::env::var_os(self.variable) {
             let path = PathBuf::from(given);
             return if path.is_file() {
@@ -76,15 +79,13 @@ impl Double {
             };
         }
         // The program itself lies in target/release, a test in target/release/deps.
-        let built = std::env::current_exe()
-            .ok()
-            .and_then(|exe| {
-                exe.ancestors()
-                    .skip(1)
-                    .take(2)
-                    .map(|folder| folder.join(self.file))
-                    .find(|file| file.is_file())
-            });
+        let built = std::env::current_exe().ok().and_then(|exe| {
+            exe.ancestors()
+                .skip(1)
+                .take(2)
+                .map(|folder| folder.join(self.file))
+                .find(|file| file.is_file())
+        });
         built.ok_or_else(|| format!("there is no {} beside this program; {advice}", self.file))
     }
 }

@@ -48,14 +48,19 @@ fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
         if let Some(name) = value {
             parsed.back_end = named(&name).ok_or_else(|| {
                 let known: Vec<_> = BACK_ENDS.iter().map(|known| known.name).collect();
-                format!("this build knows no hypervisor `{name}`, only: {}", known.join(", "))
+                format!(
+                    "this build knows no hypervisor `{name}`, only: {}",
+                    known.join(", ")
+                )
             })?;
             continue;
         }
         match argument.as_str() {
             "--list" => parsed.list = true,
             "--json" => parsed.json = true,
-            option if option.starts_with('-') => return Err(format!("there is no option `{option}`")),
+            option if option.starts_with('-') => {
+                return Err(format!("there is no option `{option}`"));
+            }
             _ => parsed.filters.push(argument),
         }
     }
@@ -67,7 +72,10 @@ fn selected(arguments: &Arguments) -> Vec<&'static Program> {
         .iter()
         .filter(|program| {
             arguments.filters.is_empty()
-                || arguments.filters.iter().any(|filter| program.name.contains(filter))
+                || arguments
+                    .filters
+                    .iter()
+                    .any(|filter| program.name.contains(filter))
         })
         .collect()
 }
@@ -87,7 +95,9 @@ pub fn main() -> ExitCode {
     };
     let programs = selected(&arguments);
     if arguments.list {
-        programs.iter().for_each(|program| println!("{}", program.name));
+        programs
+            .iter()
+            .for_each(|program| println!("{}", program.name));
         return ExitCode::SUCCESS;
     }
     if let Err(error) = hypervisor::open(arguments.back_end.kind) {
@@ -145,7 +155,11 @@ mod tests {
         assert_eq!(arguments.back_end.name, "kvm");
         assert!(arguments.list && arguments.json);
         assert_eq!(arguments.filters, ["mmio"]);
-        assert!(selected(&arguments).iter().all(|program| program.name.contains("mmio")));
+        assert!(
+            selected(&arguments)
+                .iter()
+                .all(|program| program.name.contains("mmio"))
+        );
     }
 
     #[test]
@@ -161,7 +175,11 @@ mod tests {
         names.sort_unstable();
         assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
         for known in crate::back_ends::EXCEPTIONS {
-            assert!(names.binary_search(&known.program).is_ok(), "{}", known.program);
+            assert!(
+                names.binary_search(&known.program).is_ok(),
+                "{}",
+                known.program
+            );
         }
     }
 }

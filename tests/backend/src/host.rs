@@ -6,7 +6,11 @@ use std::path::Path;
 /// Whether this processor is QEMU's emulator (TCG): hypervisor leaf 0x4000_0000 says so.
 pub(crate) fn is_emulated() -> bool {
     let leaf = __cpuid(0x4000_0000);
-    is_guest() && [leaf.ebx, leaf.ecx, leaf.edx].map(u32::to_le_bytes).concat() == b"TCGTCGTCGTCG"
+    is_guest()
+        && [leaf.ebx, leaf.ecx, leaf.edx]
+            .map(u32::to_le_bytes)
+            .concat()
+            == b"TCGTCGTCGTCG"
 }
 
 /// Whether guests run on a KVM without hardware virtualisation, which interprets ring 0 and shows ring 3 the host's CPUID.

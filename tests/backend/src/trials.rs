@@ -22,7 +22,10 @@ const ONLY: &str = "BACKEND_ONLY";
 pub fn main() -> ExitCode {
     let arguments = Arguments::from_args();
     if let Ok(only) = std::env::var(ONLY) {
-        let trials = BACK_ENDS.iter().filter(|back_end| back_end.name == only).flat_map(here);
+        let trials = BACK_ENDS
+            .iter()
+            .filter(|back_end| back_end.name == only)
+            .flat_map(here);
         return libtest_mimic::run(&arguments, trials.collect()).exit_code();
     }
     let (preloaded, direct): (Vec<_>, Vec<_>) = BACK_ENDS
@@ -33,7 +36,11 @@ pub fn main() -> ExitCode {
     for back_end in preloaded {
         passed &= with_double(back_end);
     }
-    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if passed {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 /// The trials of a back end, to be run in this process.

@@ -85,7 +85,11 @@ pub(crate) fn place(vcpu: &dyn Vcpu) -> String {
     match vcpu.save_state() {
         Ok(state) => format!(
             "vCPU {} at rip {:#x} (cs base {:#x}), rflags {:#x}, {:?}",
-            state.id, state.general.rip, state.special.cs.base, state.general.rflags, state.activity
+            state.id,
+            state.general.rip,
+            state.special.cs.base,
+            state.general.rflags,
+            state.activity
         ),
         Err(error) => format!("vCPU {}, whose state cannot be read: {error}", vcpu.id()),
     }

@@ -82,7 +82,10 @@ pub(super) fn handlers() -> Outcome<&'static [u8]> {
     }
     put(exception, assemble(64, exception, &note_exception)?);
     put(interrupt, assemble(64, interrupt, &end_interrupt)?);
-    put(interrupt + 0x40, assemble(64, interrupt + 0x40, &stop_if_asked)?);
+    put(
+        interrupt + 0x40,
+        assemble(64, interrupt + 0x40, &stop_if_asked)?,
+    );
     Ok(CODE.get_or_init(|| code))
 }
 

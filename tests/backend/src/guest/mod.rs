@@ -27,8 +27,8 @@ pub use bus::{Access, Bus, STOP_PORT};
 pub use handlers::Fault;
 pub use ram::Ram;
 pub use tables::{
-    BASED, CODE_BASED, CODE16, CODE32, CODE64, DATA as DATA_SELECTOR, DATA_BASED, DATA16, USER_CODE32,
-    USER_CODE64, USER_DATA, loaded, segment,
+    BASED, CODE_BASED, CODE16, CODE32, CODE64, DATA as DATA_SELECTOR, DATA_BASED, DATA16,
+    USER_CODE32, USER_CODE64, USER_DATA, loaded, segment,
 };
 
 use crate::outcome::{Outcome, ensure, fail};
@@ -200,7 +200,10 @@ impl Guest {
     pub fn run(&mut self) -> Outcome {
         self.until_stop()?;
         if handlers::faults(&self.ram) != 0 {
-            return fail(format!("an exception in the guest: {:x?}", handlers::take_fault(&self.ram)));
+            return fail(format!(
+                "an exception in the guest: {:x?}",
+                handlers::take_fault(&self.ram)
+            ));
         }
         Ok(())
     }
@@ -252,5 +255,9 @@ fn start(state: &mut VcpuState) {
 
 /// What vCPU `id` of two is shown: all that the host supports.
 pub fn cpuid(hypervisor: &dyn Hypervisor, id: u32) -> Outcome<Cpuid> {
-    Ok(for_vcpu(&hypervisor.supported_cpuid()?, &Topology::flat(2), id))
+    Ok(for_vcpu(
+        &hypervisor.supported_cpuid()?,
+        &Topology::flat(2),
+        id,
+    ))
 }

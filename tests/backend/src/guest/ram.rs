@@ -61,6 +61,13 @@ impl Ram {
         self.write(at, &value.to_le_bytes());
     }
 
+    /// Becomes the same as other memory of the same length.
+    pub fn copy(&self, from: &Self) {
+        assert_eq!(self.len, from.len);
+        // SAFETY: two mappings of this length; neither guest runs.
+        unsafe { std::ptr::copy_nonoverlapping(from.start, self.start, self.len) };
+    }
+
     /// Reads bytes from offset `at` on.
     pub fn read<const N: usize>(&self, at: u64) -> [u8; N] {
         assert!(at as usize + N <= self.len);

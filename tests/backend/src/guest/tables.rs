@@ -91,9 +91,21 @@ fn descriptor(segment: &Segment) -> u64 {
 /// Writes all tables and handlers.
 pub(super) fn write(ram: &Ram) -> Outcome {
     for selector in [
-        CODE64, DATA, CODE32, CODE16, DATA16, USER_CODE64, USER_DATA, USER_CODE32, DATA_BASED, CODE_BASED,
+        CODE64,
+        DATA,
+        CODE32,
+        CODE16,
+        DATA16,
+        USER_CODE64,
+        USER_DATA,
+        USER_CODE32,
+        DATA_BASED,
+        CODE_BASED,
     ] {
-        ram.write_u64(GDT + u64::from(selector & !7), descriptor(&loaded(selector)));
+        ram.write_u64(
+            GDT + u64::from(selector & !7),
+            descriptor(&loaded(selector)),
+        );
     }
     // Not busy, so that a guest may load it.
     let task = Segment {
@@ -146,7 +158,8 @@ pub(super) fn map_2m(ram: &Ram, virtual_address: u64, gpa: u64) {
 /// Writes a 64-bit interrupt gate that ring 3 may use (SDM vol. 3, figure 6-8).
 pub(super) fn gate(ram: &Ram, vector: u8, target: u64) {
     let at = IDT + u64::from(vector) * 16;
-    let low = target & 0xffff | u64::from(CODE64) << 16 | 0xee00 << 32 | (target >> 16 & 0xffff) << 48;
+    let low =
+        target & 0xffff | u64::from(CODE64) << 16 | 0xee00 << 32 | (target >> 16 & 0xffff) << 48;
     ram.write_u64(at, low);
     ram.write_u64(at + 8, target >> 32);
 }

@@ -36,7 +36,14 @@ pub(super) fn what_is_shown_is_what_is_read(hypervisor: &dyn Hypervisor) -> Outc
     if let Some(leaf) = given.get_mut(0, 0) {
         leaf.ebx = u32::from_le_bytes(*b"Test");
     }
-    let leaves = [(0, 0), (1, 0), (7, 0), (0x8000_0000, 0), (0x8000_0001, 0), (0x8000_0008, 0)];
+    let leaves = [
+        (0, 0),
+        (1, 0),
+        (7, 0),
+        (0x8000_0000, 0),
+        (0x8000_0001, 0),
+        (0x8000_0008, 0),
+    ];
     let (guest, shown) = run_with(hypervisor, &given, &leaves)?;
     for (n, (leaf, subleaf)) in (0..).zip(leaves) {
         let Some(entry) = shown.get(leaf, subleaf) else {
@@ -72,14 +79,22 @@ pub(super) fn masked_features_stay_masked(hypervisor: &dyn Hypervisor) -> Outcom
     if host::interprets_ring_0() && read(&guest, 0)[2] & aes_rdrand != 0 {
         return skip("this host's KVM shows guests the host's features, whatever is set");
     }
-    same!(shown.get(1, 0).map_or(0, |leaf| leaf.ecx) & aes_rdrand, 0, "AESNI and RDRAND in the table");
+    same!(
+        shown.get(1, 0).map_or(0, |leaf| leaf.ecx) & aes_rdrand,
+        0,
+        "AESNI and RDRAND in the table"
+    );
     same!(read(&guest, 0)[2] & aes_rdrand, 0, "AESNI and RDRAND");
     same!(read(&guest, 1)[1] & erms, 0, "ERMS");
     Ok(())
 }
 
 /// A guest with this table that has read these leaves, and what the back end says it was shown.
-fn run_with(hypervisor: &dyn Hypervisor, given: &Cpuid, leaves: &[(u32, u32)]) -> Outcome<(Guest, Cpuid)> {
+fn run_with(
+    hypervisor: &dyn Hypervisor,
+    given: &Cpuid,
+    leaves: &[(u32, u32)],
+) -> Outcome<(Guest, Cpuid)> {
     let mut guest = Guest::with_cpuid(hypervisor, given)?;
     guest.place(64, CODE, &reader(leaves))?;
     guest.enter_long_mode(0)?;
@@ -96,7 +111,11 @@ pub(super) fn the_table_is_kept(hypervisor: &dyn Hypervisor) -> Outcome {
     }
     let mut guest = Guest::with_cpuid(hypervisor, &given)?;
     let kept = guest.vcpu.cpuid()?;
-    same!(kept.get(0, 0).map(|leaf| leaf.ebx), given.get(0, 0).map(|leaf| leaf.ebx), "EBX of leaf 0");
+    same!(
+        kept.get(0, 0).map(|leaf| leaf.ebx),
+        given.get(0, 0).map(|leaf| leaf.ebx),
+        "EBX of leaf 0"
+    );
     let lacks = |one: &Cpuid, other: &Cpuid| -> Vec<(u32, Option<u32>)> {
         one.entries
             .iter()
@@ -110,14 +129,19 @@ pub(super) fn the_table_is_kept(hypervisor: &dyn Hypervisor) -> Outcome {
         return fail("the table is empty");
     };
     given.entries.resize(300, any);
-    ensure!(guest.vcpu.set_cpuid(&given).is_err(), "a table of 300 entries was taken");
+    ensure!(
+        guest.vcpu.set_cpuid(&given).is_err(),
+        "a table of 300 entries was taken"
+    );
     Ok(())
 }
 
 pub(super) fn leaves_beyond_the_table(hypervisor: &dyn Hypervisor) -> Outcome {
     let mut given = cpuid(hypervisor, 0)?;
     let gone = 0x4000_0000u32;
-    given.entries.retain(|entry| entry.leaf & 0xffff_0000 != gone);
+    given
+        .entries
+        .retain(|entry| entry.leaf & 0xffff_0000 != gone);
     // A hypervisor's leaf that is hidden, and one that nobody has.
     let (guest, _) = run_with(hypervisor, &given, &[(gone, 0), (gone + 0x10, 0)])?;
     for n in [0, 1] {
@@ -155,12 +179,19 @@ pub(super) fn each_vcpu_reads_its_own_apic_id(hypervisor: &dyn Hypervisor) -> Ou
     beside(&mut *second, &bus, || {
         let patience = std::time::Instant::now() + std::time::Duration::from_secs(10);
         while ram.read_u32(MORE_DATA + 4) == 0 {
-            ensure!(std::time::Instant::now() < patience, "the second vCPU did not run");
+            ensure!(
+                std::time::Instant::now() < patience,
+                "the second vCPU did not run"
+            );
             std::thread::yield_now();
         }
         Ok(())
     })?;
     same!(read(&guest, 0)[1] >> 24, 0, "the APIC id of vCPU 0");
-    same!(guest.ram.read_u32(MORE_DATA) >> 24, 1, "the APIC id of vCPU 1");
+    same!(
+        guest.ram.read_u32(MORE_DATA) >> 24,
+        1,
+        "the APIC id of vCPU 1"
+    );
     Ok(())
 }

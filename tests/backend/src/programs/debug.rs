@@ -43,7 +43,11 @@ pub(super) fn registers_keep_their_values(hypervisor: &dyn Hypervisor) -> Outcom
     guest.run()?;
     let addresses = [0x1111_2222, 0x7fff_ffff_f000, 0xffff_8000_0000_0000, 0x4444];
     let saved = guest.vcpu.save_state()?.debug;
-    same!(saved.map(|debug| debug.db), Some(addresses), "DR0 to DR3 as saved");
+    same!(
+        saved.map(|debug| debug.db),
+        Some(addresses),
+        "DR0 to DR3 as saved"
+    );
     // Set from outside, on top of what the guest has set.
     guest.change(|state| {
         if let Some(debug) = &mut state.debug {
@@ -71,12 +75,20 @@ pub(super) fn instruction_breakpoint(hypervisor: &dyn Hypervisor) -> Outcome {
     })?;
     set_breakpoint(&mut guest, CODE + 2, 0b0000)?;
     let fault = guest.run_to_fault()?;
-    same!((fault.vector, fault.rip), (1, CODE + 2), "vector and RIP: the instruction is not done");
+    same!(
+        (fault.vector, fault.rip),
+        (1, CODE + 2),
+        "vector and RIP: the instruction is not done"
+    );
     same!(fault.dr6 & 0xf, 1, "DR6: the first breakpoint");
     same!(guest.ram.read_u32(DATA), 0, "the instruction's result");
     guest.resume_with_flags(fault.rflags | RF);
     guest.run()?;
-    same!(guest.ram.read_u32(DATA), 1, "the instruction's result after RF");
+    same!(
+        guest.ram.read_u32(DATA),
+        1,
+        "the instruction's result after RF"
+    );
     Ok(())
 }
 
@@ -91,7 +103,11 @@ pub(super) fn data_breakpoint(hypervisor: &dyn Hypervisor) -> Outcome {
     // Writes of 4 bytes.
     set_breakpoint(&mut guest, MORE_DATA, 0b1101)?;
     let fault = guest.run_to_fault()?;
-    same!((fault.vector, fault.rip), (1, CODE + 7 + 11 + 11), "vector and RIP: behind the write");
+    same!(
+        (fault.vector, fault.rip),
+        (1, CODE + 7 + 11 + 11),
+        "vector and RIP: behind the write"
+    );
     same!(fault.dr6 & 0xf, 1, "DR6: the first breakpoint");
     same!(guest.ram.read_u32(MORE_DATA), 1, "the write is done");
     guest.run()?;
@@ -119,7 +135,11 @@ pub(super) fn single_steps(hypervisor: &dyn Hypervisor) -> Outcome {
     guest.change(|state| state.general.rflags |= TF)?;
     for behind in [1, 3, 4] {
         let fault = guest.run_to_fault()?;
-        same!((fault.vector, fault.rip), (1, CODE + behind), "vector and RIP of a step");
+        same!(
+            (fault.vector, fault.rip),
+            (1, CODE + behind),
+            "vector and RIP of a step"
+        );
         same!(fault.dr6 & 0x4000, 0x4000, "DR6.BS");
         same!(fault.rflags & TF, TF, "TF in the saved flags");
         if behind == 4 {

@@ -4,7 +4,9 @@ use arch::x86_64::state::PendingException;
 use hypervisor::Hypervisor;
 use iced_x86::code_asm::*;
 
-use crate::guest::{CODE, CODE64, DATA, Fault, Guest, Idioms as _, MMIO, STACK, STOP_PORT, USER_CODE64};
+use crate::guest::{
+    CODE, CODE64, DATA, Fault, Guest, Idioms as _, MMIO, STACK, STOP_PORT, USER_CODE64,
+};
 use crate::outcome::{Outcome, same};
 
 /// What a handler must find, apart from CR2, DR6 and the flags.
@@ -111,8 +113,16 @@ pub(super) fn page_fault_beside_a_device(hypervisor: &dyn Hypervisor) -> Outcome
         a.push(qword_ptr(rdi))
     })?;
     let fault = guest.run_to_fault()?;
-    same!((fault.vector, fault.error, fault.cr2), (14, 6, 0x4000_0ff8), "the fault of a push");
-    same!((fault.rip, fault.rsp), (CODE + 10, 0x4000_1000), "RIP and RSP are as before the instruction");
+    same!(
+        (fault.vector, fault.error, fault.cr2),
+        (14, 6, 0x4000_0ff8),
+        "the fault of a push"
+    );
+    same!(
+        (fault.rip, fault.rsp),
+        (CODE + 10, 0x4000_1000),
+        "RIP and RSP are as before the instruction"
+    );
     Ok(())
 }
 
@@ -147,7 +157,11 @@ pub(super) fn in_real_mode(hypervisor: &dyn Hypervisor) -> Outcome {
         a.iret()
     })?;
     guest.run()?;
-    same!(u64::from(guest.ram.read_u32(DATA)), CODE + 2, "the saved IP");
+    same!(
+        u64::from(guest.ram.read_u32(DATA)),
+        CODE + 2,
+        "the saved IP"
+    );
     Ok(())
 }
 
@@ -181,6 +195,10 @@ pub(super) fn denied_ports(hypervisor: &dyn Hypervisor) -> Outcome {
     })?;
     guest.deny_port(PORT);
     check(&guest.run_to_fault()?, 3, 13, 0, CODE + 5)?;
-    same!(guest.bus.take(), [], "accesses to port {PORT:#x} (the stop port is {STOP_PORT:#x})");
+    same!(
+        guest.bus.take(),
+        [],
+        "accesses to port {PORT:#x} (the stop port is {STOP_PORT:#x})"
+    );
     Ok(())
 }

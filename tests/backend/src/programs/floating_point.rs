@@ -4,7 +4,7 @@ use hypervisor::Hypervisor;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use super::has_feature;
+use super::is_shown;
 use crate::guest::{DATA, Guest, Idioms as _, MMIO, MORE_DATA};
 use crate::outcome::{Outcome, ensure, same, skip};
 
@@ -13,10 +13,12 @@ const AVX: (u32, u32) = (1, 1 << 28);
 const XSAVE: (u32, u32) = (1, 1 << 26);
 
 const XMM: [AsmRegisterXmm; 16] = [
-    xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13, xmm14, xmm15,
+    xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13, xmm14,
+    xmm15,
 ];
 const YMM: [AsmRegisterYmm; 16] = [
-    ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14, ymm15,
+    ymm0, ymm1, ymm2, ymm3, ymm4, ymm5, ymm6, ymm7, ymm8, ymm9, ymm10, ymm11, ymm12, ymm13, ymm14,
+    ymm15,
 ];
 
 /// Loads all registers from [`MORE_DATA`], leaves the guest in two ways, and stores them at [`DATA`].
@@ -76,7 +78,11 @@ fn fill(guest: &Guest) {
 }
 
 fn check_sse(guest: &Guest) -> Outcome {
-    same!(guest.ram.read::<256>(DATA), pattern()[..256], "XMM registers");
+    same!(
+        guest.ram.read::<256>(DATA),
+        pattern()[..256],
+        "XMM registers"
+    );
     same!(guest.ram.read_u32(DATA + 0x200), MXCSR, "MXCSR");
     same!(guest.ram.read(DATA + 0x208), FCW.to_le_bytes(), "FCW");
     same!(
@@ -108,7 +114,7 @@ pub(super) fn sse_over_a_move(hypervisor: &dyn Hypervisor) -> Outcome {
 }
 
 fn avx_guest(hypervisor: &dyn Hypervisor) -> Outcome<Guest> {
-    if !has_feature(hypervisor, XSAVE)? || !has_feature(hypervisor, AVX)? {
+    if !is_shown(hypervisor, XSAVE)? || !is_shown(hypervisor, AVX)? {
         return skip("this host's guests have no XSAVE and AVX");
     }
     let mut guest = Guest::user(hypervisor, &avx)?;

@@ -47,9 +47,17 @@ pub(super) fn messages(hypervisor: &dyn Hypervisor) -> Outcome {
         let mut guest = counting(hypervisor, ring)?;
         guest.vm.signal_msi(msi(0x40))?;
         guest.run()?;
-        same!(guest.interrupts(0x40), 1, "interrupts before the run in ring {ring}");
+        same!(
+            guest.interrupts(0x40),
+            1,
+            "interrupts before the run in ring {ring}"
+        );
         signal_while_running(&mut guest, |vm| Ok(vm.signal_msi(msi(0x41))?))?;
-        same!(guest.interrupts(0x41), 1, "interrupts during the run in ring {ring}");
+        same!(
+            guest.interrupts(0x41),
+            1,
+            "interrupts during the run in ring {ring}"
+        );
         same!(guest.interrupts(0x40), 1, "interrupts of the first vector");
         same!(guest.bus.take(), [], "ends of edge-triggered interrupts");
     }
@@ -57,7 +65,10 @@ pub(super) fn messages(hypervisor: &dyn Hypervisor) -> Outcome {
 }
 
 /// Runs the guest until it stops; `signal` is called once it has counted on.
-fn signal_while_running(guest: &mut Guest, signal: impl FnOnce(&dyn Vm) -> Outcome + Send) -> Outcome {
+fn signal_while_running(
+    guest: &mut Guest,
+    signal: impl FnOnce(&dyn Vm) -> Outcome + Send,
+) -> Outcome {
     let vm = std::sync::Arc::clone(&guest.vm);
     let before = guest.ram.read_u64(DATA);
     let ended = std::sync::atomic::AtomicBool::new(false);
@@ -71,8 +82,13 @@ fn signal_while_running(guest: &mut Guest, signal: impl FnOnce(&dyn Vm) -> Outco
         });
         let exit = crate::watchdog::run(&mut *guest.vcpu, &guest.bus);
         ended.store(true, std::sync::atomic::Ordering::SeqCst);
-        ensure!(matches!(exit?, hypervisor::VcpuExit::Interrupted), "the run ended otherwise");
-        signaller.join().unwrap_or_else(|_| crate::outcome::fail("the signaller panicked"))
+        ensure!(
+            matches!(exit?, hypervisor::VcpuExit::Interrupted),
+            "the run ended otherwise"
+        );
+        signaller
+            .join()
+            .unwrap_or_else(|_| crate::outcome::fail("the signaller panicked"))
     })
 }
 
@@ -97,7 +113,11 @@ pub(super) fn irqfds_follow_their_routes(hypervisor: &dyn Hypervisor) -> Outcome
     // Nothing is delivered any more: only the kick ends the run.
     guest.bus.kick.kick();
     guest.run()?;
-    same!([0x41, 0x42].map(|vector| guest.interrupts(vector)), [1, 1], "interrupts after the end");
+    same!(
+        [0x41, 0x42].map(|vector| guest.interrupts(vector)),
+        [1, 1],
+        "interrupts after the end"
+    );
     Ok(())
 }
 
@@ -107,7 +127,10 @@ pub(super) fn routes_without_end_are_refused(hypervisor: &dyn Hypervisor) -> Out
         gsi: 30,
         msi: msi(0x40),
     };
-    ensure!(guest.vm.set_gsi_routes(&vec![route; 5000]).is_err(), "5000 routes were taken");
+    ensure!(
+        guest.vm.set_gsi_routes(&vec![route; 5000]).is_err(),
+        "5000 routes were taken"
+    );
     Ok(())
 }
 
@@ -138,9 +161,17 @@ pub(super) fn the_window_opens_with_sti(hypervisor: &dyn Hypervisor) -> Outcome 
     guest.vm.signal_msi(msi(0x43))?;
     guest.run()?;
     same!(guest.ram.read_u32(DATA), 1, "progress with interrupts off");
-    same!(guest.ram.read_u64(MORE_DATA + 8), 0, "what the handler noted before STI");
+    same!(
+        guest.ram.read_u64(MORE_DATA + 8),
+        0,
+        "what the handler noted before STI"
+    );
     guest.run()?;
-    same!(guest.ram.read_u32(MORE_DATA), 2, "progress when the interrupt came: one instruction after STI at least");
+    same!(
+        guest.ram.read_u32(MORE_DATA),
+        2,
+        "progress when the interrupt came: one instruction after STI at least"
+    );
     let spin = CODE + 2 + 11 + 2 + 1 + 11;
     same!(guest.ram.read_u64(MORE_DATA + 8), spin, "the saved RIP");
     Ok(())
@@ -166,9 +197,17 @@ pub(super) fn a_waiting_interrupt_travels(hypervisor: &dyn Hypervisor) -> Outcom
     let mut second = build()?;
     second.vcpu.restore_state(&state)?;
     second.run()?;
-    same!(second.interrupts(0x44), 1, "interrupts in the second machine");
+    same!(
+        second.interrupts(0x44),
+        1,
+        "interrupts in the second machine"
+    );
     first.run()?;
-    same!(first.interrupts(0x44), 1, "interrupts in the first machine, which goes on too");
+    same!(
+        first.interrupts(0x44),
+        1,
+        "interrupts in the first machine, which goes on too"
+    );
     Ok(())
 }
 
@@ -183,7 +222,11 @@ pub(super) fn priorities(hypervisor: &dyn Hypervisor) -> Outcome {
         a.jb(wait)?;
         a.stop_for_good()
     })?;
-    for (vector, at) in [(0x51u8, HANDLER), (0x71, HANDLER + 0x100), (0x61, HANDLER + 0x200)] {
+    for (vector, at) in [
+        (0x51u8, HANDLER),
+        (0x71, HANDLER + 0x100),
+        (0x61, HANDLER + 0x200),
+    ] {
         guest.place(64, at, &|a| {
             a.shl(qword_ptr(DATA), 8)?;
             a.or(qword_ptr(DATA), i32::from(vector))?;
@@ -198,7 +241,11 @@ pub(super) fn priorities(hypervisor: &dyn Hypervisor) -> Outcome {
         guest.vm.signal_msi(msi(vector))?;
     }
     guest.run()?;
-    same!(guest.ram.read_u64(DATA), 0x71_61_51, "the order of the interrupts");
+    same!(
+        guest.ram.read_u64(DATA),
+        0x71_61_51,
+        "the order of the interrupts"
+    );
     Ok(())
 }
 
@@ -234,7 +281,11 @@ pub(super) fn nmi_by_a_message(hypervisor: &dyn Hypervisor) -> Outcome {
     guest.vm.signal_msi(msi(NMI))?;
     guest.run()?;
     same!(guest.interrupts(2), 1, "NMIs");
-    same!(guest.vcpu.save_state()?.events.nmi_masked, true, "NMIs are masked in the handler");
+    same!(
+        guest.vcpu.save_state()?.events.nmi_masked,
+        true,
+        "NMIs are masked in the handler"
+    );
     guest.vm.signal_msi(msi(NMI))?;
     guest.run()?;
     same!(guest.interrupts(2), 2, "NMIs after the IRET");
@@ -252,7 +303,11 @@ pub(super) fn the_end_of_a_level_triggered_one_is_reported(hypervisor: &dyn Hype
     for round in 1..=3 {
         guest.vm.signal_msi(message)?;
         guest.run()?;
-        same!(guest.bus.take(), [Access::EndOfInterrupt(0x42)], "ends of interrupt");
+        same!(
+            guest.bus.take(),
+            [Access::EndOfInterrupt(0x42)],
+            "ends of interrupt"
+        );
         // The end is reported from within the handler, which may not have returned yet.
         same!(guest.interrupts(0x42), round, "interrupts");
     }
@@ -276,7 +331,11 @@ pub(super) fn the_local_timer_wakes(hypervisor: &dyn Hypervisor) -> Outcome {
     guest.enable_apic()?;
     guest.run()?;
     same!(guest.interrupts(0x46), 1, "timer interrupts");
-    same!(guest.ram.read_u64(DATA), 0, "the current count of a one-shot timer that has fired");
+    same!(
+        guest.ram.read_u64(DATA),
+        0,
+        "the current count of a one-shot timer that has fired"
+    );
     Ok(())
 }
 

@@ -36,7 +36,11 @@ pub(super) fn memory_writes(hypervisor: &dyn Hypervisor) -> Outcome {
         same!((any.read()?, word.read()?), (2, 1), "events");
         vm.unregister_ioevent(&any, IoEventAddress::Mmio(MMIO), IoEventMatch::Any)?;
         guest.run()?;
-        same!(guest.bus.take(), [Access::Write(MMIO, vec![6, 0])], "a write after the end");
+        same!(
+            guest.bus.take(),
+            [Access::Write(MMIO, vec![6, 0])],
+            "a write after the end"
+        );
         ensure!(any.read().is_err(), "an event after the end");
     }
     Ok(())
@@ -53,9 +57,15 @@ pub(super) fn memory_writes_of_a_value(hypervisor: &dyn Hypervisor) -> Outcome {
     })?;
     let five = event()?;
     let exact = IoEventMatch::Value { size: 4, value: 5 };
-    guest.vm.register_ioevent(&five, IoEventAddress::Mmio(MMIO), exact)?;
+    guest
+        .vm
+        .register_ioevent(&five, IoEventAddress::Mmio(MMIO), exact)?;
     guest.run()?;
-    same!(guest.bus.take(), [Access::Write(MMIO, vec![6, 0, 0, 0])], "other values");
+    same!(
+        guest.bus.take(),
+        [Access::Write(MMIO, vec![6, 0, 0, 0])],
+        "other values"
+    );
     same!(five.read()?, 2, "events");
     Ok(())
 }
@@ -71,9 +81,15 @@ pub(super) fn port_writes(hypervisor: &dyn Hypervisor) -> Outcome {
     })?;
     let port = event()?;
     let exact = IoEventMatch::Value { size: 4, value: 5 };
-    guest.vm.register_ioevent(&port, IoEventAddress::Pio(0x530), exact)?;
+    guest
+        .vm
+        .register_ioevent(&port, IoEventAddress::Pio(0x530), exact)?;
     guest.run()?;
-    same!(guest.bus.take(), [Access::Out(0x530, vec![6, 0, 0, 0])], "what matches no event");
+    same!(
+        guest.bus.take(),
+        [Access::Out(0x530, vec![6, 0, 0, 0])],
+        "what matches no event"
+    );
     same!(port.read()?, 1, "events");
     Ok(())
 }
@@ -83,9 +99,15 @@ pub(super) fn wrong_registrations_are_refused(hypervisor: &dyn Hypervisor) -> Ou
     let event = event()?;
     let at = IoEventAddress::Mmio(MMIO);
     let odd = IoEventMatch::Value { size: 3, value: 0 };
-    ensure!(guest.vm.register_ioevent(&event, at, odd).is_err(), "a match of 3 bytes was taken");
     ensure!(
-        guest.vm.unregister_ioevent(&event, at, IoEventMatch::Any).is_err(),
+        guest.vm.register_ioevent(&event, at, odd).is_err(),
+        "a match of 3 bytes was taken"
+    );
+    ensure!(
+        guest
+            .vm
+            .unregister_ioevent(&event, at, IoEventMatch::Any)
+            .is_err(),
         "what was never registered was taken away"
     );
     Ok(())

@@ -3,7 +3,7 @@
 use hypervisor::Hypervisor;
 use iced_x86::code_asm::*;
 
-use super::has_feature;
+use super::is_offered;
 use crate::guest::{Access, BASED, DATA, DATA_BASED, Guest, Idioms as _, MMIO, MORE_DATA, loaded};
 use crate::outcome::{Outcome, same, skip};
 
@@ -15,7 +15,9 @@ pub(super) fn bytes(accesses: &[Access]) -> Vec<(u64, Option<u8>)> {
         .iter()
         .flat_map(|access| match access {
             Access::Read(gpa, size) => (0..*size as u64).map(|i| (gpa + i, None)).collect(),
-            Access::Write(gpa, data) => (*gpa..).zip(data.iter().map(|b| Some(*b))).collect::<Vec<_>>(),
+            Access::Write(gpa, data) => (*gpa..)
+                .zip(data.iter().map(|b| Some(*b)))
+                .collect::<Vec<_>>(),
             _ => Vec::new(),
         })
         .collect()
@@ -43,7 +45,9 @@ pub(super) fn moves_of_all_widths(hypervisor: &dyn Hypervisor) -> Outcome {
             a.stop_for_good()
         })?;
         for offset in [32, 40, 48, 56] {
-            guest.bus.set_memory(MMIO + offset, &0x1112_1314_1516_1718u64.to_le_bytes());
+            guest
+                .bus
+                .set_memory(MMIO + offset, &0x1112_1314_1516_1718u64.to_le_bytes());
         }
         guest.run()?;
         let value = [8, 7, 6, 5, 4, 3, 2, 1];
@@ -149,7 +153,7 @@ pub(super) fn extending_moves(hypervisor: &dyn Hypervisor) -> Outcome {
 }
 
 pub(super) fn byte_swapping_moves(hypervisor: &dyn Hypervisor) -> Outcome {
-    if !has_feature(hypervisor, MOVBE)? {
+    if !is_offered(hypervisor, MOVBE)? {
         return skip("this host offers no MOVBE");
     }
     for ring in [0, 3] {
@@ -179,7 +183,11 @@ pub(super) fn byte_swapping_moves(hypervisor: &dyn Hypervisor) -> Outcome {
             ],
             "accesses in ring {ring}"
         );
-        same!(guest.ram.quads(DATA), [0x0102_0304, 0x0102_0304_0506_0708], "values");
+        same!(
+            guest.ram.quads(DATA),
+            [0x0102_0304, 0x0102_0304_0506_0708],
+            "values"
+        );
     }
     Ok(())
 }
@@ -230,7 +238,11 @@ pub(super) fn unaligned(hypervisor: &dyn Hypervisor) -> Outcome {
         expected.extend((0..8).map(|i| (MMIO + 0x21 + i, Some(8 - i as u8))));
         expected.extend((0..8).map(|i| (MMIO + 0x31 + i, None)));
         same!(bytes(&guest.bus.take()), expected, "bytes in ring {ring}");
-        same!(guest.ram.read_u64(DATA), 0x0807_0605_0403_0201, "value in ring {ring}");
+        same!(
+            guest.ram.read_u64(DATA),
+            0x0807_0605_0403_0201,
+            "value in ring {ring}"
+        );
     }
     Ok(())
 }
@@ -247,7 +259,10 @@ pub(super) fn across_the_edge_of_memory(hypervisor: &dyn Hypervisor) -> Outcome 
             a.mov(dword_ptr(rdi + 0x1000 - 2), eax)?;
             a.stop_for_good()
         })?;
-        let (below, above) = (crate::guest::Ram::new(0x1000), crate::guest::Ram::new(0x1000));
+        let (below, above) = (
+            crate::guest::Ram::new(0x1000),
+            crate::guest::Ram::new(0x1000),
+        );
         let slots = [below.slot(1, MMIO - 0x1000), above.slot(2, MMIO + 0x1000)];
         for slot in slots {
             // SAFETY: both stay mapped until their slots are taken away below.
@@ -261,10 +276,18 @@ pub(super) fn across_the_edge_of_memory(hypervisor: &dyn Hypervisor) -> Outcome 
         let mut expected: Vec<_> = (0..5).map(|i| (MMIO + i, Some(5 - i as u8))).collect();
         expected.extend((0..4).map(|i| (MMIO + i, None)));
         expected.extend([(MMIO + 0xffe, Some(8)), (MMIO + 0xfff, Some(7))]);
-        same!(bytes(&guest.bus.take()), expected, "bytes in the device in ring {ring}");
+        same!(
+            bytes(&guest.bus.take()),
+            expected,
+            "bytes in the device in ring {ring}"
+        );
         same!(below.read(0xffc), [0, 8, 7, 6], "memory below");
         same!(above.read(0), [6, 5, 0], "memory above");
-        same!(guest.ram.read_u64(DATA), 0x0203_0405_0607_0800, "the value read back");
+        same!(
+            guest.ram.read_u64(DATA),
+            0x0203_0405_0607_0800,
+            "the value read back"
+        );
     }
     Ok(())
 }
@@ -285,10 +308,18 @@ pub(super) fn across_pages_of_devices(hypervisor: &dyn Hypervisor) -> Outcome {
         guest.map_2m(edge, elsewhere);
         guest.run()?;
         let places: Vec<u64> = (edge - 3..edge).chain(elsewhere..elsewhere + 5).collect();
-        let mut expected: Vec<_> = places.iter().zip((1..=8u8).rev()).map(|(at, byte)| (*at, Some(byte))).collect();
+        let mut expected: Vec<_> = places
+            .iter()
+            .zip((1..=8u8).rev())
+            .map(|(at, byte)| (*at, Some(byte)))
+            .collect();
         expected.extend(places.iter().map(|at| (*at, None)));
         same!(bytes(&guest.bus.take()), expected, "bytes in ring {ring}");
-        same!(guest.ram.read_u64(DATA), 0x0102_0304_0506_0708, "the value read back");
+        same!(
+            guest.ram.read_u64(DATA),
+            0x0102_0304_0506_0708,
+            "the value read back"
+        );
     }
     Ok(())
 }
@@ -405,6 +436,10 @@ pub(super) fn every_register(hypervisor: &dyn Hypervisor) -> Outcome {
     guest.bus.set_memory(MMIO + 8, &[1, 2, 3, 4, 5, 6, 7, 8]);
     guest.run()?;
     same!(guest.bus.memory(MMIO), [2, 0x33, 0x44], "bytes written");
-    same!(guest.ram.quads(DATA), [0x6655, 0x0807_0605_0403_0201], "values read");
+    same!(
+        guest.ram.quads(DATA),
+        [0x6655, 0x0807_0605_0403_0201],
+        "values read"
+    );
     Ok(())
 }

@@ -59,10 +59,17 @@ pub(super) fn arithmetic(hypervisor: &dyn Hypervisor) -> Outcome {
             guest.run()?;
             same!(
                 guest.bus.take(),
-                [Access::Read(MMIO, 4), Access::Write(MMIO, result.to_le_bytes().to_vec())],
+                [
+                    Access::Read(MMIO, 4),
+                    Access::Write(MMIO, result.to_le_bytes().to_vec())
+                ],
                 "{name} in ring {ring}"
             );
-            same!(guest.ram.read_u64(DATA) & FLAGS, *flags, "flags of {name} in ring {ring}");
+            same!(
+                guest.ram.read_u64(DATA) & FLAGS,
+                *flags,
+                "flags of {name} in ring {ring}"
+            );
         }
     }
     Ok(())
@@ -204,16 +211,28 @@ pub(super) fn compare_and_exchange(hypervisor: &dyn Hypervisor) -> Outcome {
         guest.run()?;
         let accesses = guest.bus.take();
         let written = Access::Write(MMIO, vec![0x22; 4]);
-        let mut expected = vec![Access::Read(MMIO, 4), written.clone(), Access::Read(MMIO, 4)];
+        let mut expected = vec![
+            Access::Read(MMIO, 4),
+            written.clone(),
+            Access::Read(MMIO, 4),
+        ];
         if accesses.len() == 4 {
             // The processor writes in any case: when the comparison fails, what it has read.
             expected.push(written);
         }
         same!(accesses, expected, "accesses in ring {ring}");
         same!(guest.ram.read(DATA), [1, 0], "ZF in ring {ring}");
-        same!(guest.ram.read_u32(DATA + 4), 0x2222_2222, "EAX after a failed comparison");
+        same!(
+            guest.ram.read_u32(DATA + 4),
+            0x2222_2222,
+            "EAX after a failed comparison"
+        );
         guest.run()?;
-        same!(guest.bus.memory(MMIO + 8), [5, 0, 0, 0, 6, 0, 0, 0], "CMPXCHG8B in ring {ring}");
+        same!(
+            guest.bus.memory(MMIO + 8),
+            [5, 0, 0, 0, 6, 0, 0, 0],
+            "CMPXCHG8B in ring {ring}"
+        );
         same!(guest.ram.read(DATA + 2), [1], "ZF of CMPXCHG8B");
     }
     Ok(())
@@ -244,7 +263,11 @@ pub(super) fn exchange_and_add(hypervisor: &dyn Hypervisor) -> Outcome {
             ],
             "accesses in ring {ring}"
         );
-        same!(guest.ram.read(DATA), [5, 0, 0, 0, 1, 2], "what was there, and CF");
+        same!(
+            guest.ram.read(DATA),
+            [5, 0, 0, 0, 1, 2],
+            "what was there, and CF"
+        );
     }
     Ok(())
 }
@@ -338,8 +361,15 @@ pub(super) fn jumps_through_device_memory(hypervisor: &dyn Hypervisor) -> Outcom
         })?;
         guest.bus.set_memory(MMIO, &target.to_le_bytes());
         guest.run()?;
-        same!(guest.bus.take(), [Access::Read(MMIO, 8)], "accesses in ring {ring}");
-        ensure!(guest.ram.read_u32(DATA) == 0x1234, "the target was not reached in ring {ring}");
+        same!(
+            guest.bus.take(),
+            [Access::Read(MMIO, 8)],
+            "accesses in ring {ring}"
+        );
+        ensure!(
+            guest.ram.read_u32(DATA) == 0x1234,
+            "the target was not reached in ring {ring}"
+        );
     }
     Ok(())
 }

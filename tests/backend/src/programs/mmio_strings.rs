@@ -47,7 +47,11 @@ pub(super) fn stores(hypervisor: &dyn Hypervisor) -> Outcome {
             ],
             "accesses in ring {ring}"
         );
-        same!(guest.ram.quads(DATA), [MMIO + 14, 0, MMIO + 0xf8], "RDI, RCX, RDI downwards");
+        same!(
+            guest.ram.quads(DATA),
+            [MMIO + 14, 0, MMIO + 0xf8],
+            "RDI, RCX, RDI downwards"
+        );
     }
     Ok(())
 }
@@ -212,16 +216,28 @@ pub(super) fn a_page_fault_in_the_middle_of_a_store(hypervisor: &dyn Hypervisor)
         })?;
         let fault = guest.run_to_fault()?;
         let user = if ring == 3 { 4 } else { 0 };
-        same!((fault.vector, fault.error, fault.cr2), (14, 2 | user, END), "the fault in ring {ring}");
+        same!(
+            (fault.vector, fault.error, fault.cr2),
+            (14, 2 | user, END),
+            "the fault in ring {ring}"
+        );
         let value = vec![4, 3, 2, 1];
         let write = |at| Access::Write(at, value.clone());
-        same!(guest.bus.take(), [write(END - 8), write(END - 4)], "the elements before");
+        same!(
+            guest.bus.take(),
+            [write(END - 8), write(END - 4)],
+            "the elements before"
+        );
         let general = guest.vcpu.save_state()?.general;
         same!((general.rcx, general.rdi), (2, END), "RCX and RDI");
         // With the page there, the instruction goes on where it stood.
         guest.map_2m(END, 0x3000_0000);
         guest.run()?;
-        same!(guest.bus.take(), [write(0x3000_0000), write(0x3000_0004)], "the elements after");
+        same!(
+            guest.bus.take(),
+            [write(0x3000_0000), write(0x3000_0004)],
+            "the elements after"
+        );
         same!(guest.ram.read(DATA), [1], "the instruction behind");
     }
     Ok(())
@@ -246,14 +262,25 @@ pub(super) fn a_page_fault_in_the_middle_of_a_move(hypervisor: &dyn Hypervisor) 
         let fault = guest.run_to_fault();
         guest.vm.unmap_memory(slot)?;
         let (fault, user) = (fault?, if ring == 3 { 4 } else { 0 });
-        same!((fault.vector, fault.error, fault.cr2), (14, user, END), "the fault in ring {ring}");
+        same!(
+            (fault.vector, fault.error, fault.cr2),
+            (14, user, END),
+            "the fault in ring {ring}"
+        );
         same!(
             guest.bus.take(),
-            [Access::Write(MMIO, vec![1, 2]), Access::Write(MMIO + 2, vec![3, 4])],
+            [
+                Access::Write(MMIO, vec![1, 2]),
+                Access::Write(MMIO + 2, vec![3, 4])
+            ],
             "the elements before"
         );
         let general = guest.vcpu.save_state()?.general;
-        same!((general.rcx, general.rsi, general.rdi), (2, END, MMIO + 4), "RCX, RSI, RDI");
+        same!(
+            (general.rcx, general.rsi, general.rdi),
+            (2, END, MMIO + 4),
+            "RCX, RSI, RDI"
+        );
     }
     Ok(())
 }

@@ -2,10 +2,15 @@
 
 mod cpuid;
 mod debug;
+mod dirty_log;
+mod ends;
 mod exceptions;
 mod floating_point;
+mod host_facts;
 mod interrupts;
 mod io_events;
+mod kicks;
+mod memory_slots;
 mod mmio;
 mod mmio_operations;
 mod mmio_strings;
@@ -14,24 +19,45 @@ mod msrs;
 mod port_strings;
 mod ports;
 mod processors;
+mod state;
 mod time;
 
+use arch::x86_64::cpuid::Cpuid;
 use hypervisor::Hypervisor;
 
+use crate::guest::Guest;
 use crate::harness::Program;
 use crate::host;
 use crate::outcome::{Outcome, skip};
 
-/// Whether guests are offered a feature: a leaf of CPUID, and a bit of its ECX.
-fn has_feature(hypervisor: &dyn Hypervisor, (leaf, ecx): (u32, u32)) -> Outcome<bool> {
-    let cpuid = hypervisor.supported_cpuid()?;
-    Ok(cpuid.get(leaf, 0).is_some_and(|entry| entry.ecx & ecx != 0))
+/// A leaf of CPUID, and a bit of its ECX.
+type Feature = (u32, u32);
+
+/// Whether the hypervisor offers guests a feature, so that it can emulate what belongs to it.
+fn is_offered(hypervisor: &dyn Hypervisor, feature: Feature) -> Outcome<bool> {
+    Ok(has(&hypervisor.supported_cpuid()?, feature))
 }
 
-/// Skips where the host itself is QEMU's emulator, whose SVM delivers no debug exception into a guest.
+/// Whether a vCPU shows its guest a feature, which can be more than is offered.
+fn is_shown(hypervisor: &dyn Hypervisor, feature: Feature) -> Outcome<bool> {
+    Ok(has(&Guest::new(hypervisor)?.vcpu.cpuid()?, feature))
+}
+
+fn has(cpuid: &Cpuid, (leaf, ecx): Feature) -> bool {
+    cpuid.get(leaf, 0).is_some_and(|entry| entry.ecx & ecx != 0)
+}
+
+/// Skips where breakpoint registers are kept, but never compared with anything.
 fn no_breakpoints_here() -> Outcome {
     if host::is_emulated() {
-        return skip("the host is QEMU's emulator, which delivers no breakpoints to a nested guest");
+        return skip(
+            "the host is QEMU's emulator, which delivers no breakpoints to a nested guest",
+        );
+    }
+    if host::interprets_ring_0() {
+        return skip(
+            "this host's KVM has no hardware virtualisation and does not load a guest's breakpoints",
+        );
     }
     Ok(())
 }
@@ -76,4 +102,14 @@ programs! {
         two_counters_are_in_step_after_a_restore, the_deadline_timer_wakes, the_clock_goes_on_from_where_it_was_read;
     debug: registers_keep_their_values, instruction_breakpoint, data_breakpoint, single_steps;
     floating_point: sse_over_exits, sse_over_a_move, avx_over_exits, avx_over_a_move;
+    state: every_element_travels, a_guest_goes_on_where_it_was, a_loop_moved_again_and_again, halted_guests_wake_elsewhere,
+        what_cannot_be_taken_is_refused_by_name, impossible_registers_are_refused, xsave_areas_of_other_sizes_are_taken;
+    dirty_log: exactly_what_was_written, marks_stay_until_they_are_cleared, slots_that_fill_no_word, long_stores,
+        writes_in_ring_3, started_again, wrong_ranges_are_refused, slots_that_come_and_go;
+    memory_slots: taken_away_becomes_a_device, read_only, added_under_a_running_vcpu, removed_under_a_running_vcpu,
+        moved_elsewhere, bad_ones_are_refused;
+    kicks: before_the_run, a_spinning_guest, a_guest_spinning_in_ring_3, a_halted_guest, a_vcpu_that_waits_for_its_start,
+        after_the_vcpu_has_gone, from_thread_to_thread;
+    ends: triple_fault, code_that_is_not_there;
+    host_facts: capabilities, cpuid_is_sorted_and_whole;
 }

@@ -4,7 +4,8 @@ use hypervisor::Hypervisor;
 use iced_x86::code_asm::*;
 
 use crate::guest::{
-    CODE, CODE32, CODE64, DATA, DATA_SELECTOR, Guest, Idioms as _, MORE_DATA, USER_CODE32, USER_DATA, loaded,
+    CODE, CODE32, CODE64, DATA, DATA_SELECTOR, Guest, Idioms as _, MORE_DATA, USER_CODE32,
+    USER_DATA, loaded,
 };
 use crate::outcome::{Outcome, same};
 
@@ -55,9 +56,17 @@ pub(super) fn protected_mode_loads_segments(hypervisor: &dyn Hypervisor) -> Outc
     })?;
     guest.run()?;
     same!(guest.ram.read_u32(DATA), 0x1234, "memory through GS");
-    same!(guest.ram.read_u32(DATA + 4), u32::from(crate::guest::DATA_BASED), "GS");
+    same!(
+        guest.ram.read_u32(DATA + 4),
+        u32::from(crate::guest::DATA_BASED),
+        "GS"
+    );
     let special = guest.vcpu.save_state()?.special;
-    same!((special.gs.base, special.gs.limit), (0x10_0000, u32::MAX), "GS as saved");
+    same!(
+        (special.gs.base, special.gs.limit),
+        (0x10_0000, u32::MAX),
+        "GS as saved"
+    );
     Ok(())
 }
 
@@ -110,8 +119,16 @@ pub(super) fn from_real_to_long_mode(hypervisor: &dyn Hypervisor) -> Outcome {
     })?;
     guest.run()?;
     same!(guest.ram.read_u32(DATA), 0x3232, "the mark of 32-bit mode");
-    same!(guest.ram.read_u64(DATA + 8), 0x1234_5678_9abc_def0, "a 64-bit register");
-    same!(guest.ram.read_u64(DATA + 16) & 0x500, 0x500, "EFER.LME and LMA");
+    same!(
+        guest.ram.read_u64(DATA + 8),
+        0x1234_5678_9abc_def0,
+        "a 64-bit register"
+    );
+    same!(
+        guest.ram.read_u64(DATA + 16) & 0x500,
+        0x500,
+        "EFER.LME and LMA"
+    );
     let special = guest.vcpu.save_state()?.special;
     same!(special.efer & 0x500, 0x500, "EFER as saved");
     same!(special.cs.selector, CODE64, "CS as saved");
@@ -140,7 +157,11 @@ pub(super) fn compatibility_mode(hypervisor: &dyn Hypervisor) -> Outcome {
         a.ud2()
     })?;
     let fault = guest.run_to_fault()?;
-    same!((fault.vector, fault.cs), (6, u64::from(USER_CODE32)), "vector and CS");
+    same!(
+        (fault.vector, fault.cs),
+        (6, u64::from(USER_CODE32)),
+        "vector and CS"
+    );
     same!(fault.rsp, 0x77fc, "RSP of ring 3");
     same!(guest.ram.read(DATA), 0x8000_0000u32.to_le_bytes(), "EAX");
     same!(guest.ram.read_u32(DATA + 4), 0x77fc, "ESP");
@@ -191,7 +212,11 @@ pub(super) fn self_modifying_code(hypervisor: &dyn Hypervisor) -> Outcome {
             a.ret()
         })?;
         guest.run()?;
-        same!(guest.ram.read_u64(DATA), 0o54321, "what the code returned in ring {ring}");
+        same!(
+            guest.ram.read_u64(DATA),
+            0o54321,
+            "what the code returned in ring {ring}"
+        );
     }
     Ok(())
 }
@@ -211,7 +236,11 @@ pub(super) fn code_changed_from_outside(hypervisor: &dyn Hypervisor) -> Outcome 
         same!(guest.ram.read_u32(DATA), 0x11, "the first run");
         guest.ram.write(CODE + 1, &[0x22]);
         guest.run()?;
-        same!(guest.ram.read_u32(DATA), 0x22, "the second run in ring {ring}");
+        same!(
+            guest.ram.read_u32(DATA),
+            0x22,
+            "the second run in ring {ring}"
+        );
     }
     Ok(())
 }

@@ -35,7 +35,9 @@ const VALUES: &[(u32, u64)] = &[
 fn values(hypervisor: &dyn Hypervisor) -> Outcome<Vec<(u32, u64)>> {
     let table = cpuid(hypervisor, 0)?;
     // RDTSCP, or RDPID.
-    let has_aux = table.get(0x8000_0001, 0).is_some_and(|leaf| leaf.edx & 1 << 27 != 0)
+    let has_aux = table
+        .get(0x8000_0001, 0)
+        .is_some_and(|leaf| leaf.edx & 1 << 27 != 0)
         || table.get(7, 0).is_some_and(|leaf| leaf.ecx & 1 << 22 != 0);
     Ok(VALUES
         .iter()
@@ -83,9 +85,17 @@ pub(super) fn what_is_written_is_read_and_saved(hypervisor: &dyn Hypervisor) -> 
     let known = hypervisor.msr_indices()?;
     guest.run()?;
     for (n, (index, value)) in (0..).zip(&values) {
-        same!(guest.ram.read_u64(DATA + n * 8), *value, "MSR {index:#x} as read");
+        same!(
+            guest.ram.read_u64(DATA + n * 8),
+            *value,
+            "MSR {index:#x} as read"
+        );
         if known.binary_search(index).is_ok() {
-            same!(saved(&state, *index), Some(*value), "MSR {index:#x} as saved");
+            same!(
+                saved(&state, *index),
+                Some(*value),
+                "MSR {index:#x} as saved"
+            );
         }
     }
     Ok(())
@@ -131,8 +141,16 @@ pub(super) fn efer(hypervisor: &dyn Hypervisor) -> Outcome {
         a.stop_for_good()
     })?;
     guest.run()?;
-    same!(guest.ram.quads(DATA), [0x501, 0x500], "EFER before and after SCE is cleared");
-    same!(guest.vcpu.save_state()?.special.efer, 0x500, "EFER as saved");
+    same!(
+        guest.ram.quads(DATA),
+        [0x501, 0x500],
+        "EFER before and after SCE is cleared"
+    );
+    same!(
+        guest.vcpu.save_state()?.special.efer,
+        0x500,
+        "EFER as saved"
+    );
     Ok(())
 }
 
@@ -145,13 +163,25 @@ pub(super) fn unknown_ones_are_refused(hypervisor: &dyn Hypervisor) -> Outcome {
         a.stop_for_good()
     })?;
     let read = guest.run_to_fault()?;
-    same!((read.vector, read.error, read.rip), (13, 0, CODE + 5), "the fault of RDMSR");
+    same!(
+        (read.vector, read.error, read.rip),
+        (13, 0, CODE + 5),
+        "the fault of RDMSR"
+    );
     guest.resume_at(CODE + 7);
     let written = guest.run_to_fault()?;
-    same!((written.vector, written.error, written.rip), (13, 0, CODE + 7), "the fault of WRMSR");
+    same!(
+        (written.vector, written.error, written.rip),
+        (13, 0, CODE + 7),
+        "the fault of WRMSR"
+    );
     guest.resume_at(CODE + 9);
     let odd = guest.run_to_fault()?;
-    same!((odd.vector, odd.error), (13, 0), "the fault of an address that is not canonical");
+    same!(
+        (odd.vector, odd.error),
+        (13, 0),
+        "the fault of an address that is not canonical"
+    );
     Ok(())
 }
 
@@ -161,15 +191,36 @@ pub(super) fn privileged(hypervisor: &dyn Hypervisor) -> Outcome {
         a.rdmsr()
     })?;
     let fault = guest.run_to_fault()?;
-    same!((fault.vector, fault.error, fault.rip), (13, 0, CODE + 5), "the fault in ring 3");
+    same!(
+        (fault.vector, fault.error, fault.rip),
+        (13, 0, CODE + 5),
+        "the fault in ring 3"
+    );
     Ok(())
 }
 
 pub(super) fn the_list_is_sorted_and_complete(hypervisor: &dyn Hypervisor) -> Outcome {
     let msrs = hypervisor.msr_indices()?;
-    ensure!(msrs.windows(2).all(|pair| pair[0] < pair[1]), "the list is not sorted");
-    for index in [0x10, 0x174, 0x175, 0x176, 0x277, 0x2ff, 0xc000_0081, LSTAR, 0xc000_0084, 0xc000_0102] {
-        ensure!(msrs.binary_search(&index).is_ok(), "MSR {index:#x} is not saved");
+    ensure!(
+        msrs.windows(2).all(|pair| pair[0] < pair[1]),
+        "the list is not sorted"
+    );
+    for index in [
+        0x10,
+        0x174,
+        0x175,
+        0x176,
+        0x277,
+        0x2ff,
+        0xc000_0081,
+        LSTAR,
+        0xc000_0084,
+        0xc000_0102,
+    ] {
+        ensure!(
+            msrs.binary_search(&index).is_ok(),
+            "MSR {index:#x} is not saved"
+        );
     }
     Ok(())
 }

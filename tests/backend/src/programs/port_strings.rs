@@ -42,7 +42,11 @@ pub(super) fn outs_makes_one_access_an_element(hypervisor: &dyn Hypervisor) -> O
     let widths: Vec<_> = written.iter().map(Vec::len).collect();
     same!(widths, [1, 1, 1, 1, 1, 2, 2, 2, 4, 4, 1], "widths");
     same!(written.concat(), bytes, "bytes");
-    same!(guest.ram.read_u32(DATA), MORE_DATA as u32 + 20, "SI, and CX above it");
+    same!(
+        guest.ram.read_u32(DATA),
+        MORE_DATA as u32 + 20,
+        "SI, and CX above it"
+    );
     Ok(())
 }
 
@@ -76,7 +80,8 @@ pub(super) fn ins_makes_one_access_an_element(hypervisor: &dyn Hypervisor) -> Ou
             .collect();
         same!(sizes, [1, 1, 1, 2, 2, 4, 4, 1], "sizes in ring {ring}");
         let expected = [
-            0x11, 0x11, 0x11, 0x11, 0x22, 0x11, 0x22, 0x11, 0x22, 0x33, 0x44, 0x11, 0x22, 0x33, 0x44, 0x11, 0,
+            0x11, 0x11, 0x11, 0x11, 0x22, 0x11, 0x22, 0x11, 0x22, 0x33, 0x44, 0x11, 0x22, 0x33,
+            0x44, 0x11, 0,
         ];
         same!(guest.ram.read::<17>(DATA), expected, "bytes in ring {ring}");
         same!(guest.ram.quads(MORE_DATA), [DATA + 16, 0], "RDI and RCX");
@@ -107,8 +112,16 @@ pub(super) fn downwards(hypervisor: &dyn Hypervisor) -> Outcome {
         "words, from the highest address down"
     );
     let low = 0x4433_2211_0000_0000u64;
-    same!(guest.ram.quads(DATA), [low, 0x4433_2211_4433_2211], "doublewords read");
-    same!(guest.ram.quads(MORE_DATA + 64), [MORE_DATA, DATA], "RSI and RDI");
+    same!(
+        guest.ram.quads(DATA),
+        [low, 0x4433_2211_4433_2211],
+        "doublewords read"
+    );
+    same!(
+        guest.ram.quads(MORE_DATA + 64),
+        [MORE_DATA, DATA],
+        "RSI and RDI"
+    );
     Ok(())
 }
 
@@ -131,7 +144,11 @@ pub(super) fn counts_of_zero(hypervisor: &dyn Hypervisor) -> Outcome {
     })?;
     guest.run()?;
     same!(guest.bus.take(), [], "accesses");
-    same!(guest.ram.quads(DATA), [0, MORE_DATA, DATA], "memory, RSI and RDI");
+    same!(
+        guest.ram.quads(DATA),
+        [0, MORE_DATA, DATA],
+        "memory, RSI and RDI"
+    );
     Ok(())
 }
 
@@ -159,7 +176,9 @@ pub(super) fn buffers_across_pages(hypervisor: &dyn Hypervisor) -> Outcome {
         same!(words.len(), 3, "writes in ring {ring}");
         same!(
             guest.ram.read::<14>(to - 1),
-            [0, 0x11, 0x22, 0x33, 0x44, 0x11, 0x22, 0x33, 0x44, 0x11, 0x22, 0x33, 0x44, 0],
+            [
+                0, 0x11, 0x22, 0x33, 0x44, 0x11, 0x22, 0x33, 0x44, 0x11, 0x22, 0x33, 0x44, 0
+            ],
             "bytes read in ring {ring}"
         );
     }
@@ -192,6 +211,10 @@ pub(super) fn long_transfers(hypervisor: &dyn Hypervisor) -> Outcome {
     same!(words.concat() == bytes, true, "every word in order");
     let end = 2 * u64::from(COUNT);
     same!(guest.ram.quads(DATA), [from + end, to + end], "RSI and RDI");
-    same!(guest.ram.read::<4>(to + end - 2), [0x11, 0x22, 0, 0], "the last word read");
+    same!(
+        guest.ram.read::<4>(to + end - 2),
+        [0x11, 0x22, 0, 0],
+        "the last word read"
+    );
     Ok(())
 }

@@ -134,6 +134,10 @@ pub(super) fn a_kick_finds_the_access_complete(hypervisor: &dyn Hypervisor) -> O
     let exit = watchdog::run(&mut *guest.vcpu, &KickingBus(&guest.bus))?;
     ensure!(matches!(exit, VcpuExit::Interrupted), "{exit:?}");
     let general = guest.vcpu.save_state()?.general;
-    same!((general.rax, general.rip), (0x0403_0201, CODE + 5), "RAX and RIP");
+    same!(
+        (general.rax, general.rip),
+        (0x0403_0201, CODE + 5),
+        "RAX and RIP"
+    );
     Ok(())
 }

@@ -56,7 +56,10 @@ pub(super) fn after_reset_one_waits_and_one_runs(hypervisor: &dyn Hypervisor) ->
     let state = second.save_state()?;
     same!(state.id, 1, "the id");
     ensure!(
-        matches!(state.activity, Activity::Uninitialized | Activity::WaitForSipi),
+        matches!(
+            state.activity,
+            Activity::Uninitialized | Activity::WaitForSipi
+        ),
         "vCPU 1 is {:?}",
         state.activity
     );
@@ -89,7 +92,11 @@ pub(super) fn start_up_by_ipi(hypervisor: &dyn Hypervisor) -> Outcome {
     })?;
     let (mut second, bus) = guest.add_vcpu(hypervisor, 1)?;
     beside(&mut *second, &bus, || guest.run())?;
-    same!(guest.ram.read(DATA + 4), [0x00, 0x13], "CS of the second vCPU");
+    same!(
+        guest.ram.read(DATA + 4),
+        [0x00, 0x13],
+        "CS of the second vCPU"
+    );
     let state = second.save_state()?;
     same!(state.activity, Activity::Running, "its activity");
     same!(state.special.cs.base, START_UP, "its code segment's base");
@@ -158,6 +165,10 @@ pub(super) fn interrupts_between_two(hypervisor: &dyn Hypervisor) -> Outcome {
     }
     second.restore_state(&state)?;
     beside(&mut *second, &bus, || guest.run())?;
-    same!(guest.ram.quads(DATA), [ROUNDS as u64; 2], "interrupts at each");
+    same!(
+        guest.ram.quads(DATA),
+        [ROUNDS as u64; 2],
+        "interrupts at each"
+    );
     Ok(())
 }

@@ -5,7 +5,7 @@ use hypervisor::{Hypervisor, Vcpu, VcpuExit};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use super::has_feature;
+use super::is_offered;
 use crate::guest::{APIC, DATA, Guest, Idioms as _};
 use crate::outcome::{Outcome, ensure, same, skip};
 use crate::watchdog;
@@ -61,7 +61,11 @@ pub(super) fn the_counter_never_goes_back(hypervisor: &dyn Hypervisor) -> Outcom
             a.stop_for_good()
         })?;
         guest.run()?;
-        same!(guest.ram.read_u64(DATA), 0, "readings that were not later in ring {ring}");
+        same!(
+            guest.ram.read_u64(DATA),
+            0,
+            "readings that were not later in ring {ring}"
+        );
     }
     Ok(())
 }
@@ -78,9 +82,15 @@ pub(super) fn the_counter_goes_on_after_a_restore(hypervisor: &dyn Hypervisor) -
         second.vcpu.restore_state(&state)?;
         second.run()?;
         let after = second.ram.read_u64(DATA);
-        ensure!(after > before, "in ring {ring} the TSC was {before} and then {after}");
+        ensure!(
+            after > before,
+            "in ring {ring} the TSC was {before} and then {after}"
+        );
         // An hour at 4 GHz: a counter that was set anew from something else would be off by more.
-        ensure!(after - before < 3600 * 4_000_000_000, "the TSC leapt from {before} to {after}");
+        ensure!(
+            after - before < 3600 * 4_000_000_000,
+            "the TSC leapt from {before} to {after}"
+        );
     }
     Ok(())
 }
@@ -93,12 +103,18 @@ pub(super) fn two_counters_are_in_step(hypervisor: &dyn Hypervisor) -> Outcome {
     for round in 0..50 {
         guest.run()?;
         let now = guest.ram.read_u64(DATA);
-        ensure!(now > last, "round {round}: vCPU 0 reads {now}, vCPU 1 has read {last}");
+        ensure!(
+            now > last,
+            "round {round}: vCPU 0 reads {now}, vCPU 1 has read {last}"
+        );
         last = now;
         let exit = watchdog::run(&mut *second, &bus)?;
         ensure!(matches!(exit, VcpuExit::Interrupted), "vCPU 1: {exit:?}");
         let now = guest.ram.read_u64(DATA);
-        ensure!(now > last, "round {round}: vCPU 1 reads {now}, vCPU 0 has read {last}");
+        ensure!(
+            now > last,
+            "round {round}: vCPU 1 reads {now}, vCPU 0 has read {last}"
+        );
         last = now;
     }
     Ok(())
@@ -108,7 +124,8 @@ pub(super) fn two_counters_are_in_step(hypervisor: &dyn Hypervisor) -> Outcome {
 fn start_like(vcpu: &mut dyn Vcpu, model: &dyn Vcpu) -> Outcome {
     let (model, mut state) = (model.save_state()?, vcpu.save_state()?);
     let apic_base = state.special.apic_base;
-    (state.general, state.special, state.activity) = (model.general, model.special, Activity::Running);
+    (state.general, state.special, state.activity) =
+        (model.general, model.special, Activity::Running);
     state.special.apic_base = apic_base;
     Ok(vcpu.restore_state(&state)?)
 }
@@ -128,17 +145,31 @@ pub(super) fn two_counters_are_in_step_after_a_restore(hypervisor: &dyn Hypervis
     b0.vcpu.restore_state(&saved[0])?;
     b1.restore_state(&saved[1])?;
     for _ in 0..20 {
-        let (first, second, third) = (saved_tsc(&*b0.vcpu)?, saved_tsc(&*b1)?, saved_tsc(&*b0.vcpu)?);
-        ensure!(first <= second && second <= third, "{first} {second} {third}");
+        let (first, second, third) = (
+            saved_tsc(&*b0.vcpu)?,
+            saved_tsc(&*b1)?,
+            saved_tsc(&*b0.vcpu)?,
+        );
+        ensure!(
+            first <= second && second <= third,
+            "{first} {second} {third}"
+        );
     }
-    let before = saved[0].msrs.iter().find(|msr| msr.index == TSC).map(|msr| msr.value);
-    ensure!(Some(saved_tsc(&*b0.vcpu)?) > before, "the TSC went back from {before:?}");
+    let before = saved[0]
+        .msrs
+        .iter()
+        .find(|msr| msr.index == TSC)
+        .map(|msr| msr.value);
+    ensure!(
+        Some(saved_tsc(&*b0.vcpu)?) > before,
+        "the TSC went back from {before:?}"
+    );
     Ok(())
 }
 
 /// The local APIC's timer in TSC-deadline mode (SDM vol. 3, section 11.5.4.1).
 pub(super) fn the_deadline_timer_wakes(hypervisor: &dyn Hypervisor) -> Outcome {
-    if !has_feature(hypervisor, DEADLINE_TIMER)? {
+    if !is_offered(hypervisor, DEADLINE_TIMER)? {
         return skip("this host offers no TSC deadline timer");
     }
     let mut guest = Guest::long(hypervisor, &|a| {
@@ -172,7 +203,10 @@ pub(super) fn the_clock_goes_on_from_where_it_was_read(hypervisor: &dyn Hypervis
     clock.guest_ns += 1_000_000_000_000;
     b.vm.set_clock(&clock)?;
     let there = b.vm.clock()?;
-    ensure!(there.guest_ns >= clock.guest_ns, "{there:?} after {clock:?}");
+    ensure!(
+        there.guest_ns >= clock.guest_ns,
+        "{there:?} after {clock:?}"
+    );
     if let Some(realtime) = &mut clock.host_realtime_ns {
         *realtime -= 500_000_000_000;
         b.vm.set_clock(&clock)?;
