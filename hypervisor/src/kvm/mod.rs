@@ -42,6 +42,8 @@ use host::Host;
 const DEVICE: &str = "/dev/kvm";
 /// KVM's only API version since 2007.
 const API_VERSION: i32 = 12;
+/// KVM's local APIC timer, unless KVM_CAP_X86_APIC_BUS_CYCLES_NS says otherwise (Documentation/virt/kvm/api.rst).
+const APIC_TIMER_HZ: u64 = 1_000_000_000;
 
 /// Linux KVM.
 pub struct Kvm {
@@ -108,6 +110,14 @@ impl Hypervisor for Kvm {
 
     fn supported_cpuid(&self) -> Result<Cpuid> {
         self.host.supported_cpuid().cloned()
+    }
+
+    fn enlightenments(&self) -> Result<Cpuid> {
+        self.host.enlightenments()
+    }
+
+    fn apic_timer_hz(&self) -> Result<Option<u64>> {
+        Ok(Some(APIC_TIMER_HZ))
     }
 
     fn msr_indices(&self) -> Result<Vec<u32>> {

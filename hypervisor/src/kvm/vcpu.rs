@@ -25,7 +25,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 
-use super::kick::{self, KickHandle};
+use super::kick::KickHandle;
 use super::vm::VmShared;
 use super::{call, cpuid, ioctl, state};
 use crate::{ExitBus, Result, Vcpu, VcpuExit, VcpuKick};
@@ -216,7 +216,7 @@ impl Vcpu for KvmVcpu {
         // SAFETY: always succeeds and touches nothing.
         let this_thread = unsafe { libc::pthread_self() };
         if self.unblocked != Some(this_thread) {
-            kick::unblock_on_this_thread()?;
+            crate::signal::unblock_on_this_thread()?;
             self.unblocked = Some(this_thread);
         }
         let kick = Arc::clone(&self.kick);

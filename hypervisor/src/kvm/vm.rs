@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::host::Host;
 use super::state::msrs::ReadableMsrs;
-use super::{call, kick, routes, vcpu};
+use super::{call, routes, vcpu};
 use crate::{
     Error, GsiRoute, IoEventAddress, IoEventMatch, MemorySlot, Msi, Result, Vcpu, Vm, VmOptions,
 };
@@ -102,7 +102,7 @@ impl KvmVm {
             .map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
-        kick::install_handler()?;
+        crate::signal::install_handler()?;
         Ok(Self {
             shared: Arc::new(VmShared {
                 host,

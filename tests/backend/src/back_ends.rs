@@ -9,8 +9,6 @@ use hypervisor::HypervisorKind;
 pub struct BackEnd {
     /// What [`hypervisor::open`] is asked for.
     pub kind: HypervisorKind,
-    /// Its name on the command line and in the names of tests.
-    pub name: &'static str,
     /// The device node of the real one.
     pub device: &'static str,
     /// What stands in for it where there is no such node.
@@ -29,12 +27,22 @@ pub struct Double {
 }
 
 /// Every back end. A new one is a row here, and nothing else.
-pub const BACK_ENDS: &[BackEnd] = &[BackEnd {
-    kind: HypervisorKind::Kvm,
-    name: "kvm",
-    device: "/dev/kvm",
-    double: None,
-}];
+pub const BACK_ENDS: &[BackEnd] = &[
+    BackEnd {
+        kind: HypervisorKind::Kvm,
+        device: "/dev/kvm",
+        double: None,
+    },
+    BackEnd {
+        kind: HypervisorKind::Mshv,
+        device: "/dev/mshv",
+        double: Some(Double {
+            file: "libmshv_double.so",
+            variable: "MSHV_DOUBLE",
+            build: "cargo build --release -p mshv-double",
+        }),
+    },
+];
 
 /// A program that a back end, whatever the host, cannot pass.
 #[derive(Clone, Copy, Debug)]
@@ -56,11 +64,6 @@ pub fn exception(program: &str, kind: HypervisorKind) -> Option<&'static str> {
         .iter()
         .find(|known| known.program == program && known.kind == kind)
         .map(|known| known.reason)
-}
-
-/// The back end of this name.
-pub fn named(name: &str) -> Option<&'static BackEnd> {
-    BACK_ENDS.iter().find(|back_end| back_end.name == name)
 }
 
 impl Double {
@@ -91,6 +94,11 @@ impl Double {
 }
 
 impl BackEnd {
+    /// The back end of this kind.
+    pub fn of(kind: HypervisorKind) -> Option<&'static Self> {
+        BACK_ENDS.iter().find(|back_end| back_end.kind == kind)
+    }
+
     /// Whether this host has the real one.
     pub fn is_here(&self) -> bool {
         Path::new(self.device).exists()

@@ -24,7 +24,7 @@ pub fn main() -> ExitCode {
     if let Ok(only) = std::env::var(ONLY) {
         let trials = BACK_ENDS
             .iter()
-            .filter(|back_end| back_end.name == only)
+            .filter(|back_end| back_end.kind.name() == only)
             .flat_map(here);
         return libtest_mimic::run(&arguments, trials.collect()).exit_code();
     }
@@ -46,7 +46,7 @@ pub fn main() -> ExitCode {
 /// The trials of a back end, to be run in this process.
 fn here(back_end: &'static BackEnd) -> impl Iterator<Item = Trial> {
     PROGRAMS.iter().map(move |program| {
-        Trial::ignorable_test(format!("{}::{}", back_end.name, program.name), move || {
+        Trial::ignorable_test(format!("{}::{}", back_end.kind, program.name), move || {
             trial(back_end, program)
         })
     })
@@ -76,7 +76,7 @@ fn with_double(back_end: &BackEnd) -> bool {
         let status = Command::new(exe)
             .args(std::env::args_os().skip(1))
             .env("LD_PRELOAD", library)
-            .env(ONLY, back_end.name)
+            .env(ONLY, back_end.kind.name())
             .status()
             .map_err(|error| error.to_string())?;
         Ok(status.success())
@@ -85,7 +85,7 @@ fn with_double(back_end: &BackEnd) -> bool {
         again(double).unwrap_or_else(|reason| {
             println!(
                 "FAILED: the programs on {}: there is no {}, and its double cannot be used: {reason}",
-                back_end.name, back_end.device
+                back_end.kind, back_end.device
             );
             false
         })

@@ -278,10 +278,8 @@ pub(super) fn bad_ones_are_refused(hypervisor: &dyn Hypervisor) -> Outcome {
         ),
     ] {
         // SAFETY: the memory is the guest's own, which outlives the machine.
-        ensure!(
-            unsafe { guest.vm.map_memory(bad) }.is_err(),
-            "a slot {what} was taken: {bad:x?}"
-        );
+        let answer = unsafe { guest.vm.map_memory(bad) };
+        ensure!(answer.is_err(), "a slot {what} was taken: {bad:x?}");
     }
     ensure!(guest.vm.create_vcpu(0).is_err(), "vCPU 0 was created twice");
     ensure!(

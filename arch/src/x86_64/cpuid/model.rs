@@ -1,0 +1,132 @@
+//! CPU models: what a guest is shown of a host.
+//!
+//! ```text
+//!   host's supported CPUID ──► policy ──► host
+//!                                └──────► without KVM's interface and deadline timer, with Hyper-V's clock ──► portable
+//! ```
+//!
+//! A guest that sees KVM's clock cannot go where nobody keeps that clock. The model [`CpuModel::Portable`] has in its place
+//! the part of Hyper-V's interface that KVM has too: reference counter, reference TSC page and frequency registers (TLFS, "Timers").
+//! Their state is a few MSRs and the machine's clock, which both keep.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Cpuid, CpuidEntry, bit, policy};
+
+/// A CPU model by name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CpuModel {
+    /// What the host and its hypervisor offer.
+    #[default]
+    Host,
+    /// The same without what only one hypervisor has: the guest can move between KVM and the Microsoft hypervisor.
+    Portable,
+}
+
+/// Leaf 0x4000_0003 EAX: time reference count (1), hypercall (5), VP index (6), reference TSC (9), frequencies (11).
+const FEATURES_EAX: u32 = bit(1) | bit(5) | bit(6) | bit(9) | bit(11);
+/// Leaf 0x4000_0003 EDX: the frequency registers are there (8).
+const FEATURES_EDX: u32 = bit(8);
+/// CPUID.1:ECX.TSC_DEADLINE. Not every local APIC of the Microsoft hypervisor has that mode.
+const LEAF1_ECX_TSC_DEADLINE: u32 = bit(24);
+
+/// Hyper-V's leaves as a portable guest sees them (TLFS, "Feature and interface discovery"): vendor, interface, version, features,
+/// recommendations (none; EBX: never report long spin waits), limits (none stated).
+fn hyperv_leaves() -> [CpuidEntry; 6] {
+    let text = |at: &[u8; 4]| u32::from_le_bytes(*at);
+    let leaf = |leaf, [eax, ebx, ecx, edx]: [u32; 4]| CpuidEntry {
+        leaf,
+        subleaf: None,
+        eax,
+        ebx,
+        ecx,
+        edx,
+    };
+    [
+        leaf(
+            0x4000_0000,
+            [0x4000_0005, text(b"Micr"), text(b"osof"), text(b"t Hv")],
+        ),
+        leaf(0x4000_0001, [text(b"Hv#1"), 0, 0, 0]),
+        leaf(0x4000_0002, [0, 0xa_0000, 0, 0]),
+        leaf(0x4000_0003, [FEATURES_EAX, 0, 0, FEATURES_EDX]),
+        leaf(0x4000_0004, [0, u32::MAX, 0, 0]),
+        leaf(0x4000_0005, [0, 0, 0, 0]),
+    ]
+}
+
+/// What a host's supported CPUID becomes for a guest of this model.
+pub fn of_model(host: &Cpuid, model: CpuModel) -> Cpuid {
+    let mut cpuid = policy(host);
+    if model == CpuModel::Portable {
+        cpuid
+            .entries
+            .retain(|entry| !(0x4000_0000..0x5000_0000).contains(&entry.leaf));
+        if let Some(leaf) = cpuid.get_mut(1, 0) {
+            leaf.ecx &= !LEAF1_ECX_TSC_DEADLINE;
+        }
+        cpuid.entries.extend(hyperv_leaves());
+        cpuid.entries.sort_unstable_by_key(|e| (e.leaf, e.subleaf));
+    }
+    cpuid
+}
+
+/// Whether the Hyper-V interface that a host can offer has all that a portable guest is shown.
+pub fn can_be_portable(offered: &Cpuid) -> bool {
+    let is_hyperv = offered
+        .get(0x4000_0001, 0)
+        .is_some_and(|leaf| leaf.eax == u32::from_le_bytes(*b"Hv#1"));
+    is_hyperv
+        && offered.get(0x4000_0003, 0).is_some_and(|leaf| {
+            leaf.eax & FEATURES_EAX == FEATURES_EAX && leaf.edx & FEATURES_EDX == FEATURES_EDX
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host() -> Cpuid {
+        let leaf = |leaf, eax, ebx, ecx, edx| CpuidEntry {
+            leaf,
+            subleaf: None,
+            eax,
+            ebx,
+            ecx,
+            edx,
+        };
+        Cpuid {
+            entries: vec![
+                leaf(0, 1, 0, 0, 0),
+                leaf(1, 0, 0, bit(24) | bit(20), 0),
+                leaf(0x4000_0000, 0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d),
+                leaf(0x4000_0001, u32::MAX, 0, 0, 0),
+            ],
+        }
+    }
+
+    #[test]
+    fn a_portable_guest_sees_no_kvm_and_the_clock_that_both_have() {
+        let portable = of_model(&host(), CpuModel::Portable);
+        assert_eq!(portable.kvm_base(), None);
+        assert!(can_be_portable(&portable));
+        let leaf = portable.get(1, 0).expect("leaf 1");
+        assert_eq!(leaf.ecx & (bit(20) | bit(24) | bit(31)), bit(20) | bit(31));
+        assert!(
+            portable
+                .entries
+                .windows(2)
+                .all(|pair| (pair[0].leaf, pair[0].subleaf) < (pair[1].leaf, pair[1].subleaf))
+        );
+        assert_eq!(of_model(&host(), CpuModel::Host), policy(&host()));
+    }
+
+    #[test]
+    fn a_host_without_the_clock_cannot_have_portable_guests() {
+        assert!(!can_be_portable(&host()));
+        let mut less = of_model(&host(), CpuModel::Portable);
+        less.get_mut(0x4000_0003, 0).expect("features").eax &= !bit(9);
+        assert!(!can_be_portable(&less));
+    }
+}
