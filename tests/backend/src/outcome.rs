@@ -45,8 +45,9 @@ macro_rules! same {
             (found, expected) => {
                 if *found != *expected {
                     let what = format!($($what)+);
+                    let (found, expected) = $crate::outcome::difference(found, expected);
                     return Err($crate::outcome::Stop::Fail(format!(
-                        "{what}: {found:x?}, not {expected:x?} (line {})",
+                        "{what}: {found}, not {expected} (line {})",
                         line!()
                     )));
                 }
@@ -56,3 +57,29 @@ macro_rules! same {
 }
 
 pub(crate) use {ensure, same};
+
+/// Two values as text, of long ones only the part from where they differ.
+pub(crate) fn difference<T: std::fmt::Debug + ?Sized, U: std::fmt::Debug + ?Sized>(
+    found: &T,
+    expected: &U,
+) -> (String, String) {
+    const LONG: usize = 300;
+    let (found, expected) = (format!("{found:x?}"), format!("{expected:x?}"));
+    if found.len() <= LONG && expected.len() <= LONG {
+        return (found, expected);
+    }
+    let alike = found
+        .chars()
+        .zip(expected.chars())
+        .take_while(|(a, b)| a == b)
+        .count();
+    let part = |text: String| {
+        let part: String = text
+            .chars()
+            .skip(alike.saturating_sub(40))
+            .take(LONG / 2)
+            .collect();
+        format!("…{part}…")
+    };
+    (part(found), part(expected))
+}

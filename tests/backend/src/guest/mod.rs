@@ -49,6 +49,10 @@ pub const MMIO: u64 = 0x2000_0000;
 /// The local APIC's registers.
 pub const APIC: u64 = 0xfee0_0000;
 
+/// RFLAGS.IOPL = 3: ring 3 may use ports. Not every host honours it, nor does every one look at the TSS's bitmap (QEMU's emulator
+/// does not, in a nested guest), so that both allow.
+pub const IOPL_3: u64 = 0x3000;
+
 /// The machine. Its memory goes last.
 pub struct Guest {
     /// vCPU 0.
@@ -163,6 +167,9 @@ impl Guest {
         self.change(|state| {
             tables::enter_long_mode(&mut state.special, ring);
             start(state);
+            if ring == 3 {
+                state.general.rflags |= IOPL_3;
+            }
         })
     }
 
@@ -211,6 +218,11 @@ impl Guest {
     /// Runs until the guest suffers an exception. A further run returns from its handler.
     pub fn run_to_fault(&mut self) -> Outcome<Fault> {
         self.until_stop()?;
+        self.fault()
+    }
+
+    /// The exception that the guest's handler has noted.
+    pub fn fault(&self) -> Outcome<Fault> {
         ensure!(
             handlers::faults(&self.ram) == 1,
             "the guest stopped without an exception: {}",

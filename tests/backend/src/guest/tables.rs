@@ -115,7 +115,7 @@ pub(super) fn write(ram: &Ram) -> Outcome {
     ram.write_u64(GDT + u64::from(TASK), descriptor(&task));
     ram.write_u64(GDT + u64::from(TASK) + 8, TSS >> 32);
     ram.write_u64(TSS + 4, KERNEL_STACK);
-    // Every port is allowed to ring 3: the bits are clear. A set IOPL is not honoured everywhere.
+    // Every port is allowed to ring 3: the bits are clear. See `IOPL_3`.
     ram.write(TSS + 0x66, &0x68u16.to_le_bytes());
     ram.write(TSS + TSS_LEN - 1, &[0xff]);
     page_tables(ram);

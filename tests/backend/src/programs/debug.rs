@@ -65,8 +65,13 @@ pub(super) fn registers_keep_their_values(hypervisor: &dyn Hypervisor) -> Outcom
 }
 
 /// In ring 3: a hypervisor that interprets ring 0 need not look at DR7 there.
-pub(super) fn instruction_breakpoint(hypervisor: &dyn Hypervisor) -> Outcome {
+pub(super) fn breakpoints(hypervisor: &dyn Hypervisor) -> Outcome {
     no_breakpoints_here()?;
+    on_an_instruction(hypervisor)?;
+    on_data(hypervisor)
+}
+
+fn on_an_instruction(hypervisor: &dyn Hypervisor) -> Outcome {
     let mut guest = Guest::user(hypervisor, &|a| {
         a.nop()?;
         a.nop()?;
@@ -92,8 +97,7 @@ pub(super) fn instruction_breakpoint(hypervisor: &dyn Hypervisor) -> Outcome {
     Ok(())
 }
 
-pub(super) fn data_breakpoint(hypervisor: &dyn Hypervisor) -> Outcome {
-    no_breakpoints_here()?;
+fn on_data(hypervisor: &dyn Hypervisor) -> Outcome {
     let mut guest = Guest::user(hypervisor, &|a| {
         a.mov(eax, dword_ptr(MORE_DATA))?;
         a.mov(dword_ptr(DATA), 2)?;

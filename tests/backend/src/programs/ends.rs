@@ -20,7 +20,7 @@ pub(super) fn triple_fault(hypervisor: &dyn Hypervisor) -> Outcome {
     Ok(())
 }
 
-/// A device is no place to execute from: a fault with all that is known, or what a processor would do in the end.
+/// A device is no place to execute from: a fault with all that is known, an exception in the guest, or a triple fault.
 pub(super) fn code_that_is_not_there(hypervisor: &dyn Hypervisor) -> Outcome {
     for ring in [0, 3] {
         let mut guest = Guest::in_ring(hypervisor, ring, &|a| {
@@ -45,6 +45,11 @@ pub(super) fn code_that_is_not_there(hypervisor: &dyn Hypervisor) -> Outcome {
                 );
             }
             VcpuExit::Reset { triple_fault: true } => {}
+            VcpuExit::Interrupted => {
+                // KVM lets ring 3 have it as an undefined opcode.
+                let fault = guest.fault()?;
+                same!(fault.rip, MMIO, "RIP of {fault:x?} in ring {ring}");
+            }
             other => return fail(format!("in ring {ring}: {other:?}")),
         }
     }

@@ -5,7 +5,7 @@ use hypervisor::Hypervisor;
 use iced_x86::code_asm::*;
 
 use crate::guest::{
-    CODE, CODE64, DATA, Fault, Guest, Idioms as _, MMIO, STACK, STOP_PORT, USER_CODE64,
+    CODE, CODE64, DATA, Fault, Guest, IOPL_3, Idioms as _, MMIO, STACK, STOP_PORT, USER_CODE64,
 };
 use crate::outcome::{Outcome, same};
 
@@ -194,6 +194,7 @@ pub(super) fn denied_ports(hypervisor: &dyn Hypervisor) -> Outcome {
         a.stop_for_good()
     })?;
     guest.deny_port(PORT);
+    guest.change(|state| state.general.rflags &= !IOPL_3)?;
     check(&guest.run_to_fault()?, 3, 13, 0, CODE + 5)?;
     same!(
         guest.bus.take(),

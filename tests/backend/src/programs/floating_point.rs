@@ -4,7 +4,7 @@ use hypervisor::Hypervisor;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
-use super::is_shown;
+use super::{is_seen, is_shown};
 use crate::guest::{DATA, Guest, Idioms as _, MMIO, MORE_DATA};
 use crate::outcome::{Outcome, ensure, same, skip};
 
@@ -114,7 +114,7 @@ pub(super) fn sse_over_a_move(hypervisor: &dyn Hypervisor) -> Outcome {
 }
 
 fn avx_guest(hypervisor: &dyn Hypervisor) -> Outcome<Guest> {
-    if !is_shown(hypervisor, XSAVE)? || !is_shown(hypervisor, AVX)? {
+    if !is_seen(hypervisor, XSAVE)? || !is_seen(hypervisor, AVX)? {
         return skip("this host's guests have no XSAVE and AVX");
     }
     let mut guest = Guest::user(hypervisor, &avx)?;
@@ -140,6 +140,9 @@ pub(super) fn avx_over_exits(hypervisor: &dyn Hypervisor) -> Outcome {
 }
 
 pub(super) fn avx_over_a_move(hypervisor: &dyn Hypervisor) -> Outcome {
+    if !is_shown(hypervisor, AVX)? {
+        return skip("this host's guests are shown no AVX, which is then not kept for them");
+    }
     let mut first = avx_guest(hypervisor)?;
     first.run()?;
     let state = first.vcpu.save_state()?;

@@ -22,10 +22,10 @@ mod processors;
 mod state;
 mod time;
 
-use arch::x86_64::cpuid::Cpuid;
 use hypervisor::Hypervisor;
+use iced_x86::code_asm::*;
 
-use crate::guest::Guest;
+use crate::guest::{DATA, Guest, Idioms as _};
 use crate::harness::Program;
 use crate::host;
 use crate::outcome::{Outcome, skip};
@@ -34,17 +34,32 @@ use crate::outcome::{Outcome, skip};
 type Feature = (u32, u32);
 
 /// Whether the hypervisor offers guests a feature, so that it can emulate what belongs to it.
-fn is_offered(hypervisor: &dyn Hypervisor, feature: Feature) -> Outcome<bool> {
-    Ok(has(&hypervisor.supported_cpuid()?, feature))
+fn is_offered(hypervisor: &dyn Hypervisor, (leaf, feature): Feature) -> Outcome<bool> {
+    let cpuid = hypervisor.supported_cpuid()?;
+    Ok(cpuid
+        .get(leaf, 0)
+        .is_some_and(|entry| entry.ecx & feature != 0))
 }
 
-/// Whether a vCPU shows its guest a feature, which can be more than is offered.
-fn is_shown(hypervisor: &dyn Hypervisor, feature: Feature) -> Outcome<bool> {
-    Ok(has(&Guest::new(hypervisor)?.vcpu.cpuid()?, feature))
+/// Whether a vCPU's table shows a feature, which can be more than is offered. Only what it shows has to be kept.
+fn is_shown(hypervisor: &dyn Hypervisor, (leaf, feature): Feature) -> Outcome<bool> {
+    let cpuid = Guest::new(hypervisor)?.vcpu.cpuid()?;
+    Ok(cpuid
+        .get(leaf, 0)
+        .is_some_and(|entry| entry.ecx & feature != 0))
 }
 
-fn has(cpuid: &Cpuid, (leaf, ecx): Feature) -> bool {
-    cpuid.get(leaf, 0).is_some_and(|entry| entry.ecx & ecx != 0)
+/// Whether ring 3 of a guest sees a feature, which can be more than its table shows.
+fn is_seen(hypervisor: &dyn Hypervisor, (leaf, feature): Feature) -> Outcome<bool> {
+    let mut guest = Guest::user(hypervisor, &|a| {
+        a.mov(eax, leaf)?;
+        a.xor(ecx, ecx)?;
+        a.cpuid()?;
+        a.mov(dword_ptr(DATA), ecx)?;
+        a.stop_for_good()
+    })?;
+    guest.run()?;
+    Ok(guest.ram.read_u32(DATA) & feature != 0)
 }
 
 /// Skips where breakpoint registers are kept, but never compared with anything.
@@ -100,7 +115,7 @@ programs! {
         the_list_is_sorted_and_complete;
     time: the_counter_never_goes_back, the_counter_goes_on_after_a_restore, two_counters_are_in_step,
         two_counters_are_in_step_after_a_restore, the_deadline_timer_wakes, the_clock_goes_on_from_where_it_was_read;
-    debug: registers_keep_their_values, instruction_breakpoint, data_breakpoint, single_steps;
+    debug: registers_keep_their_values, breakpoints, single_steps;
     floating_point: sse_over_exits, sse_over_a_move, avx_over_exits, avx_over_a_move;
     state: every_element_travels, a_guest_goes_on_where_it_was, a_loop_moved_again_and_again, halted_guests_wake_elsewhere,
         what_cannot_be_taken_is_refused_by_name, impossible_registers_are_refused, xsave_areas_of_other_sizes_are_taken;

@@ -6,7 +6,7 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::is_offered;
-use crate::guest::{APIC, DATA, Guest, Idioms as _};
+use crate::guest::{APIC, CODE, DATA, Guest, Idioms as _};
 use crate::outcome::{Outcome, ensure, same, skip};
 use crate::watchdog;
 
@@ -78,7 +78,9 @@ pub(super) fn the_counter_goes_on_after_a_restore(hypervisor: &dyn Hypervisor) -
         let before = first.ram.read_u64(DATA);
         let state = first.vcpu.save_state()?;
         drop(first);
-        let mut second = Guest::in_ring(hypervisor, ring, &reader(DATA))?;
+        // A fresh machine, whose vCPU has never had another state.
+        let mut second = Guest::new(hypervisor)?;
+        second.place(64, CODE, &reader(DATA))?;
         second.vcpu.restore_state(&state)?;
         second.run()?;
         let after = second.ram.read_u64(DATA);
