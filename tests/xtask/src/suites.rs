@@ -14,6 +14,8 @@ pub(crate) enum Suite {
     Static,
     /// Unit tests of the crates.
     Unit,
+    /// The conformance suite of the hypervisor back ends.
+    Backend,
     /// Tests on this machine's `/dev/kvm`.
     Native,
     /// Tests inside QEMU's emulator.
@@ -22,12 +24,19 @@ pub(crate) enum Suite {
 
 impl Suite {
     /// Every suite, in the order of a full run.
-    const ALL: [Suite; 4] = [Suite::Static, Suite::Unit, Suite::Native, Suite::Lab];
+    const ALL: [Suite; 5] = [
+        Suite::Static,
+        Suite::Unit,
+        Suite::Backend,
+        Suite::Native,
+        Suite::Lab,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Suite::Static => "static",
             Suite::Unit => "unit",
+            Suite::Backend => "backend",
             Suite::Native => "native",
             Suite::Lab => "lab",
         }
@@ -69,6 +78,7 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
         match suite {
             Suite::Static => checks::run(&mut tally)?,
             Suite::Unit => unit(&mut tally)?,
+            Suite::Backend => backend(&mut tally)?,
             Suite::Native => cargo_test(&mut tally, "native", &["--test", "native"], &[])?,
             Suite::Lab => lab(&mut tally)?,
         }
@@ -107,9 +117,30 @@ fn build_vmm(tally: &mut Tally) -> Result<()> {
 
 fn unit(tally: &mut Tally) -> Result<()> {
     cargo_test(tally, "unit", &["--lib", "--bins"], &[])?;
-    // The other targets of these two are suites of their own.
-    let others = ["--exclude", "native", "--exclude", "lab", "--test", "*"];
+    // The other targets of these are suites of their own.
+    let others = [
+        "--exclude",
+        "backend",
+        "--exclude",
+        "native",
+        "--exclude",
+        "lab",
+        "--test",
+        "*",
+    ];
     cargo_test(tally, "unit::integration", &others, &[])
+}
+
+/// The same programs on every back end; the one for the Microsoft hypervisor runs on a double where there is no `/dev/mshv`.
+fn backend(tally: &mut Tally) -> Result<()> {
+    const BUILD: [&str; 4] = ["build", "--release", "-p", "mshv-double"];
+    if !run::shown(run::cargo(&BUILD), &format!("cargo {}", BUILD.join(" ")))?.success() {
+        tally.fail(
+            "build::mshv-double",
+            "the double of /dev/mshv does not build; without such a device nothing runs on that back end",
+        );
+    }
+    cargo_test(tally, "backend", &["--test", "backend"], &[])
 }
 
 fn lab(tally: &mut Tally) -> Result<()> {
@@ -165,7 +196,7 @@ mod tests {
     fn an_unknown_name_is_refused_with_the_list() {
         let message = select(&["units".into()]).unwrap_err();
         assert!(
-            message.contains("`units`") && message.contains("static, unit, native, lab"),
+            message.contains("`units`") && message.contains("static, unit, backend, native, lab"),
             "{message}"
         );
     }
