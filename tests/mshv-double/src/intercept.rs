@@ -10,9 +10,12 @@
 //! What completion did to registers, pending events or RAM is undone or overwritten: registers by us, RAM by the client,
 //! who emulates the same instruction with the right data.
 
-use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events};
+use kvm_bindings::{
+    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, kvm_regs, kvm_sregs, kvm_vcpu_events,
+};
 use mshv_bindings::hv_message;
 
+use crate::gva::{self, Access};
 use crate::kvm::{Exit, Vcpu, XsaveArea};
 use crate::memory::{Memory, PAGE};
 use crate::message::{Kind, Scene};
@@ -118,6 +121,11 @@ impl Partition {
             }
             // With the local APIC in KVM, a halted vCPU stays inside.
             Exit::Halt | Exit::Interrupted => Ok(None),
+            Exit::Other(KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION)
+                if self.fetches_nothing(vp, &memory)?.is_some() =>
+            {
+                self.fetch(vp, &memory).map(Some)
+            }
             Exit::Other(reason, suberror) => {
                 let regs = vp.vcpu.regs()?;
                 let sregs = vp.vcpu.sregs()?;
@@ -133,6 +141,35 @@ impl Partition {
                 Err(libc::EIO)
             }
         }
+    }
+
+    /// Where the instruction at RIP should come from, if there is no memory. KVM calls that an emulation that failed.
+    fn fetches_nothing(&self, vp: &Vp, memory: &Memory) -> Answer<Option<(u64, u64)>> {
+        let (regs, sregs) = (vp.vcpu.regs()?, vp.vcpu.sregs()?);
+        let linear = regs.rip.wrapping_add(sregs.cs.base);
+        let access = Access {
+            execute: true,
+            exempt: true,
+            ..Access::default()
+        };
+        Ok(gva::translate(memory, &sregs, linear, access)
+            .ok()
+            .filter(|gpa| memory.region(gpa / PAGE).is_none())
+            .map(|gpa| (linear, gpa)))
+    }
+
+    fn fetch(&self, vp: &Vp, memory: &Memory) -> Answer<hv_message> {
+        let (linear, gpa) = self.fetches_nothing(vp, memory)?.ok_or(libc::EIO)?;
+        let mut saved = Saved::take(&vp.vcpu)?;
+        // KVM has queued #UD beside its exit; the hypervisor stops before anything of that kind.
+        saved.events.exception.pending = 0;
+        saved.events.exception.injected = 0;
+        let regs = saved.regs;
+        let message =
+            self.scene(vp, &saved, &regs)
+                .memory(false, Kind::Execute, gpa, Some(linear), &[]);
+        saved.restore(&vp.vcpu, &regs)?;
+        Ok(message)
     }
 
     fn scene<'a>(&self, vp: &Vp, saved: &'a Saved, regs: &'a kvm_regs) -> Scene<'a> {
