@@ -10,7 +10,7 @@
 //! What completion did to registers, pending events or RAM is undone or overwritten: registers by us, RAM by the client,
 //! who emulates the same instruction with the right data.
 
-use kvm_bindings::{kvm_regs, kvm_sregs, kvm_vcpu_events};
+use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_sregs, kvm_vcpu_events};
 use mshv_bindings::hv_message;
 
 use crate::kvm::{Exit, Vcpu, XsaveArea};
@@ -74,6 +74,12 @@ fn complete(vcpu: &Vcpu) -> Answer<Vec<Exit>> {
     Err(libc::EIO)
 }
 
+/// Whether a vector's latest interrupt was level-triggered: its bit in the TMR, which stays until the next one.
+fn level_triggered(lapic: &kvm_lapic_state, vector: u8) -> bool {
+    let register = 0x180 + usize::from(vector) / 32 * 0x10;
+    lapic.regs[register + usize::from(vector) % 32 / 8] as u8 >> (vector % 8) & 1 != 0
+}
+
 impl Partition {
     /// Turns an exit into a message; None if the guest goes on.
     pub(crate) fn handle_exit(&self, vp: &Vp) -> Answer<Option<hv_message>> {
@@ -101,7 +107,8 @@ impl Partition {
             Exit::WriteMsr { index, unknown } => self.msr(vp, &memory, Kind::Write, index, unknown),
             Exit::Eoi(vector) => {
                 drop(memory);
-                if self.acknowledge(vector) {
+                // KVM reports every end of a vector that was ever routed as level-triggered; Hyper-V those that were.
+                if !level_triggered(&vp.vcpu.lapic()?, vector) || self.acknowledge(vector) {
                     return Ok(None);
                 }
                 let saved = Saved::take(&vp.vcpu)?;

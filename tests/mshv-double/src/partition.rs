@@ -147,6 +147,7 @@ impl Partition {
             KVM_CAP_X86_USER_SPACE_MSR,
             u64::from(KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL),
         )?;
+        enable(KVM_CAP_EXCEPTION_PAYLOAD, 1)?;
         // An OUT to port 0x7e would be retired before its exit.
         if host.kvm.check_extension(KVM_CAP_DISABLE_QUIRKS) > 0 {
             enable(
@@ -267,6 +268,8 @@ impl Partition {
         let vcpu = self.vm.create_vcpu(index, self.host.kvm.run_size()?)?;
         let base = cpuid::base(&self.host.cpuid, &features, index);
         vcpu.set_cpuid(&base)?;
+        // KVM draws its map of APIC identifiers before a new vCPU is in its list; setting a state redraws it.
+        vcpu.set_lapic(&vcpu.lapic()?)?;
         let vp = Arc::new(Vp::new(index, vcpu, base));
         vps.insert(index, Arc::clone(&vp));
         Ok(vp)

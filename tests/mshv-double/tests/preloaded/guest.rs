@@ -128,8 +128,10 @@ impl Guest {
         guest
     }
 
+    #[track_caller]
     pub(crate) fn set(&self, registers: &[(u32, u64)]) {
-        set(&self.vcpu, registers).expect("registers are set");
+        set(&self.vcpu, registers)
+            .unwrap_or_else(|error| panic!("registers {registers:x?}: {error}"));
     }
 
     pub(crate) fn get(&self, name: u32) -> u64 {

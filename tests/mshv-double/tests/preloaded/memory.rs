@@ -26,8 +26,19 @@ fn dirty_pages() {
     // stosb to ES:DI, with ES 0; out 1, al
     let guest = Guest::new(&[0x1e, 0x07, 0xaa, 0xe6, 0x01]);
     let pages = 16;
-    let bitmap = |operation| guest.vm.get_gpap_access_bitmap(0, pages, DIRTY, operation).expect("a bitmap")[0];
-    assert!(guest.vm.get_gpap_access_bitmap(0, pages, DIRTY, NOOP).is_err(), "not tracking");
+    let bitmap = |operation| {
+        guest
+            .vm
+            .get_gpap_access_bitmap(0, pages, DIRTY, operation)
+            .expect("a bitmap")[0]
+    };
+    assert!(
+        guest
+            .vm
+            .get_gpap_access_bitmap(0, pages, DIRTY, NOOP)
+            .is_err(),
+        "not tracking"
+    );
     guest.vm.enable_dirty_page_tracking().expect("tracking");
     assert_eq!(bitmap(CLEAR), 0xffff, "all pages count as dirty at first");
     assert_eq!(bitmap(NOOP), 0);
@@ -46,15 +57,29 @@ fn dirty_pages() {
     assert_eq!(bitmap(CLEAR), 1 << 5 | 1 << 7, "what was, before clearing");
     assert_eq!(bitmap(CLEAR), 0);
     write(9);
-    let part = guest.vm.get_gpap_access_bitmap(8, 3, DIRTY, CLEAR).expect("a part");
+    let part = guest
+        .vm
+        .get_gpap_access_bitmap(8, 3, DIRTY, CLEAR)
+        .expect("a part");
     assert_eq!(part, [0b010]);
     assert_eq!(bitmap(NOOP), 1 << 7);
     // A range that leaves memory is refused.
-    assert!(guest.vm.get_gpap_access_bitmap(10, pages, DIRTY, NOOP).is_err());
-    assert!(guest.vm.disable_dirty_page_tracking().is_err(), "with clear bits");
+    assert!(
+        guest
+            .vm
+            .get_gpap_access_bitmap(10, pages, DIRTY, NOOP)
+            .is_err()
+    );
+    assert!(
+        guest.vm.disable_dirty_page_tracking().is_err(),
+        "with clear bits"
+    );
     assert_eq!(bitmap(SET), 1 << 7);
     assert_eq!(bitmap(NOOP), 0xffff);
-    guest.vm.disable_dirty_page_tracking().expect("no more tracking");
+    guest
+        .vm
+        .disable_dirty_page_tracking()
+        .expect("no more tracking");
 }
 
 fn mapping_rules() {
@@ -63,24 +88,84 @@ fn mapping_rules() {
     let good = ram.region(0x10, true);
     vm.map_user_memory(good).expect("memory");
     let expect = |region: mshv_user_mem_region, error: i32| {
-        assert_eq!(vm.set_guest_memory(region), Err(MshvError::from(error)), "{region:x?}");
+        assert_eq!(
+            vm.set_guest_memory(region),
+            Err(MshvError::from(error)),
+            "{region:x?}"
+        );
     };
     let other = Ram::new(0x4000);
     let base = other.region(0x100, true);
     expect(mshv_user_mem_region { size: 0, ..base }, libc::EINVAL);
-    expect(mshv_user_mem_region { size: 0x1001, ..base }, libc::EINVAL);
-    expect(mshv_user_mem_region { userspace_addr: base.userspace_addr + 8, size: 0x1000, ..base }, libc::EINVAL);
-    expect(mshv_user_mem_region { flags: 0x80, ..base }, libc::EINVAL);
-    expect(mshv_user_mem_region { rsvd: [0, 0, 0, 1, 0, 0, 0], ..base }, libc::EINVAL);
+    expect(
+        mshv_user_mem_region {
+            size: 0x1001,
+            ..base
+        },
+        libc::EINVAL,
+    );
+    expect(
+        mshv_user_mem_region {
+            userspace_addr: base.userspace_addr + 8,
+            size: 0x1000,
+            ..base
+        },
+        libc::EINVAL,
+    );
+    expect(
+        mshv_user_mem_region {
+            flags: 0x80,
+            ..base
+        },
+        libc::EINVAL,
+    );
+    expect(
+        mshv_user_mem_region {
+            rsvd: [0, 0, 0, 1, 0, 0, 0],
+            ..base
+        },
+        libc::EINVAL,
+    );
     // Overlaps, in the guest and in the client.
-    expect(mshv_user_mem_region { guest_pfn: 0x13, ..base }, libc::EEXIST);
-    expect(mshv_user_mem_region { guest_pfn: 0x200, ..good }, libc::EEXIST);
+    expect(
+        mshv_user_mem_region {
+            guest_pfn: 0x13,
+            ..base
+        },
+        libc::EEXIST,
+    );
+    expect(
+        mshv_user_mem_region {
+            guest_pfn: 0x200,
+            ..good
+        },
+        libc::EEXIST,
+    );
     // Only what was mapped can be unmapped, and only whole.
     let unmap = 1 << MSHV_SET_MEM_BIT_UNMAP;
-    expect(mshv_user_mem_region { flags: unmap, ..base }, libc::EINVAL);
-    expect(mshv_user_mem_region { flags: unmap, size: 0x1000, ..good }, libc::EINVAL);
+    expect(
+        mshv_user_mem_region {
+            flags: unmap,
+            ..base
+        },
+        libc::EINVAL,
+    );
+    expect(
+        mshv_user_mem_region {
+            flags: unmap,
+            size: 0x1000,
+            ..good
+        },
+        libc::EINVAL,
+    );
     vm.unmap_user_memory(good).expect("unmapped");
-    expect(mshv_user_mem_region { flags: unmap, ..good }, libc::EINVAL);
+    expect(
+        mshv_user_mem_region {
+            flags: unmap,
+            ..good
+        },
+        libc::EINVAL,
+    );
 }
 
 fn memory_comes_and_goes() {
@@ -89,11 +174,20 @@ fn memory_comes_and_goes() {
     let extra = Ram::new(0x1000);
     extra.write(0, &[0x5a]);
     for _ in 0..3 {
-        guest.set(&[(hv_register_name_HV_X64_REGISTER_RIP, CODE), (hv_register_name_HV_X64_REGISTER_RDI, 0)]);
+        guest.set(&[
+            (hv_register_name_HV_X64_REGISTER_RIP, CODE),
+            (hv_register_name_HV_X64_REGISTER_RDI, 0),
+        ]);
         assert_eq!({ guest.memory().guest_physical_address }, DEVICE);
-        guest.vm.map_user_memory(extra.region(DEVICE >> 12, true)).expect("memory");
+        guest
+            .vm
+            .map_user_memory(extra.region(DEVICE >> 12, true))
+            .expect("memory");
         assert_eq!(guest.port().rax as u8, 0x5a);
-        guest.vm.unmap_user_memory(extra.region(DEVICE >> 12, true)).expect("unmapped");
+        guest
+            .vm
+            .unmap_user_memory(extra.region(DEVICE >> 12, true))
+            .expect("unmapped");
     }
     assert_eq!(extra.read(0, 1), [0x5a]);
 }
@@ -101,7 +195,10 @@ fn memory_comes_and_goes() {
 fn translation() {
     let guest = Guest::new(&[0xf4]);
     let look = |gva, flags| {
-        let (gpa, result) = guest.vcpu.translate_gva(gva, u64::from(flags)).expect("an answer");
+        let (gpa, result) = guest
+            .vcpu
+            .translate_gva(gva, u64::from(flags))
+            .expect("an answer");
         // SAFETY: both members of the union are 64 plain bits.
         (unsafe { result.as_uint64 } as u32, gpa)
     };
@@ -126,18 +223,33 @@ fn translation() {
     assert_eq!(look(0x5678, read), (0, 0x5678));
     assert_eq!(look(0x20_0123, read), (0, 0x3123));
     let violation = hv_translate_gva_result_code_HV_TRANSLATE_GVA_PRIVILEGE_VIOLATION;
-    assert_eq!(look(0x20_0123, read | HV_TRANSLATE_GVA_VALIDATE_WRITE).0, violation);
-    assert_eq!(look(0x20_0123, HV_TRANSLATE_GVA_VALIDATE_READ | HV_TRANSLATE_GVA_USER_ACCESS).0, violation);
+    assert_eq!(
+        look(0x20_0123, read | HV_TRANSLATE_GVA_VALIDATE_WRITE).0,
+        violation
+    );
+    assert_eq!(
+        look(
+            0x20_0123,
+            HV_TRANSLATE_GVA_VALIDATE_READ | HV_TRANSLATE_GVA_USER_ACCESS
+        )
+        .0,
+        violation
+    );
     let absent = hv_translate_gva_result_code_HV_TRANSLATE_GVA_PAGE_NOT_PRESENT;
     assert_eq!(look(0x20_1000, read).0, absent);
     assert_eq!(look(0x8000_0000, read).0, absent);
-    assert!(guest.vcpu.translate_gva(0, 1 << 40).is_err(), "an unknown flag");
+    assert!(
+        guest.vcpu.translate_gva(0, 1 << 40).is_err(),
+        "an unknown flag"
+    );
 }
 
 /// Open descriptors of this process: what they are.
 fn descriptors() -> Vec<String> {
     let folder = std::fs::read_dir("/proc/self/fd").expect("/proc");
-    let links = folder.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    let links = folder
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok());
     let mut names: Vec<_> = links.map(|link| link.display().to_string()).collect();
     names.retain(|name| name.contains("kvm") || name.contains("mshv"));
     names.sort();
