@@ -79,6 +79,23 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
+    /// Memory of a test, without a VM: pages at a guest address.
+    #[cfg(test)]
+    pub(crate) fn of_pages(gpa: u64, bytes: &'static [u8]) -> Self {
+        let region = Region {
+            slot: 0,
+            first_pfn: gpa / PAGE,
+            pages: bytes.len() as u64 / PAGE,
+            address: bytes.as_ptr() as u64,
+            writable: true,
+            dirty: Vec::new(),
+        };
+        Memory {
+            regions: vec![region],
+            tracking: false,
+        }
+    }
+
     pub(crate) fn region(&self, pfn: u64) -> Option<&Region> {
         self.regions.iter().find(|region| region.contains(pfn))
     }

@@ -338,7 +338,7 @@ impl Partition {
                 bitmap.as_ptr(),
                 asked.bitmap_ptr as *mut u8,
                 bitmap.len(),
-            )
+            );
         };
         Ok(())
     }

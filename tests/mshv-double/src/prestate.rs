@@ -528,3 +528,6 @@ fn set_general(regs: &mut kvm_regs, register: Register, value: u64) {
         *slot = *slot & !(mask << shift) | (value & mask) << shift;
     }
 }
+
+#[cfg(test)]
+mod tests;

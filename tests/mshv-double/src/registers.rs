@@ -232,7 +232,6 @@ fn debug(regs: &mut kvm_debugregs, name: u32) -> Option<&mut u64> {
 
 /// Where a floating point register lies in the legacy XSAVE region, as bytes (Intel SDM vol. 1, table 10-2).
 fn legacy_offset(name: u32) -> Option<usize> {
-    #[expect(non_upper_case_globals, reason = "names of the TLFS")]
     Some(match name {
         hv_register_name_HV_X64_REGISTER_XMM0..=hv_register_name_HV_X64_REGISTER_XMM15 => {
             160 + 16 * (name - hv_register_name_HV_X64_REGISTER_XMM0) as usize
@@ -529,7 +528,7 @@ impl<'a> Bank<'a> {
             }
             hv_register_name_HV_REGISTER_EXPLICIT_SUSPEND => state.explicit_suspend = low & 1 != 0,
             hv_register_name_HV_REGISTER_INTERCEPT_SUSPEND => {
-                state.intercept_suspend = low & 1 != 0
+                state.intercept_suspend = low & 1 != 0;
             }
             hv_register_name_HV_REGISTER_INTERNAL_ACTIVITY_STATE => {
                 events::set_activity(self.mp_state.change(|| vcpu.mp_state())?, low)?;

@@ -101,8 +101,7 @@ impl Guest {
             },
         };
         let mut cs = segment(0);
-        // SAFETY: the member just written.
-        unsafe { cs.segment.__bindgen_anon_1.attributes = 0x9b };
+        cs.segment.__bindgen_anon_1.attributes = 0x9b;
         let assoc = |name, value| hv_register_assoc {
             name,
             value,

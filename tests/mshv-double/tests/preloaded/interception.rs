@@ -23,6 +23,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("loads_of_many_shapes", loads_of_many_shapes),
         trial("a_store_that_crosses_into_a_device_page", crossing),
         trial("a_store_to_read_only_memory", read_only),
+        trial("a_wide_store_is_one_message", wide_store),
         trial("unknown_msrs", unknown_msrs),
         trial("msr_intercepts", msr_intercepts),
         trial("a_triple_fault", triple_fault),
@@ -228,12 +229,8 @@ fn stores_of_many_shapes() {
             store.code
         );
         // SAFETY: both members of the union are a byte.
-        assert_eq!(
-            unsafe { message.memory_access_info.as_uint8 } & 3,
-            3,
-            "{:x?}",
-            store.code
-        );
+        let info = unsafe { message.memory_access_info.as_uint8 };
+        assert_eq!(info & 3, 3, "{:x?}", store.code);
         assert_eq!(
             { message.guest_virtual_address },
             store.gpa,
@@ -381,6 +378,33 @@ fn crossing() {
     assert_eq!(
         ({ message.header.rip }, guest.get(RAX)),
         (CODE, 0x1122_3344)
+    );
+}
+
+fn wide_store() {
+    // movups es:[di], xmm1; out 1, al
+    let guest = Guest::new(&[0x26, 0x0f, 0x11, 0x0d, 0xe6, 0x01]);
+    guest.set(&[
+        (hv_register_name_HV_X64_REGISTER_CR4, 0x200),
+        (hv_register_name_HV_X64_REGISTER_XMM1, 0x1122_3344_5566_7788),
+    ]);
+    // Inside one page, and across two.
+    for offset in [0x10, 0xffc] {
+        guest.set(&[(RDI, offset), (RIP, CODE)]);
+        let message = guest.memory();
+        assert_eq!({ message.guest_physical_address }, DEVICE + offset);
+        assert_eq!(({ message.header.rip }, guest.get(RIP)), (CODE, CODE));
+        guest.set(&[(RIP, CODE + 4)]);
+        assert_eq!({ guest.port().port_number }, 1);
+    }
+    // movups xmm1, es:[di]: nothing made up stays in the register.
+    guest.ram.write(CODE as usize, &[0x26, 0x0f, 0x10, 0x0d]);
+    guest.set(&[(RDI, 0x10), (RIP, CODE)]);
+    let message = guest.memory();
+    assert_eq!(message.header.intercept_access_type, 0);
+    assert_eq!(
+        guest.get(hv_register_name_HV_X64_REGISTER_XMM1),
+        0x1122_3344_5566_7788
     );
 }
 

@@ -107,6 +107,7 @@ fn handle_with_eoi(guest: &Guest) {
     let mut ended = 0;
     loop {
         let message = guest.run();
+        #[expect(non_upper_case_globals, reason = "names of the TLFS")]
         match message.header.message_type {
             hv_message_type_HVMSG_X64_APIC_EOI => {
                 let eoi = message.to_apic_eoi_info().expect("an EOI message");
