@@ -13,6 +13,7 @@
 use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_sregs, kvm_vcpu_events};
 use mshv_bindings::hv_message;
 
+use crate::events;
 use crate::kvm::{Exit, Vcpu, XsaveArea};
 use crate::memory::{Memory, PAGE};
 use crate::message::{Kind, Scene};
@@ -23,6 +24,9 @@ use crate::vp::Vp;
 
 /// More pieces than any single instruction has (REP INS is read ahead by up to a page of bytes).
 const MOST_PIECES: usize = 8192;
+
+/// RFLAGS.IF.
+const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// State that completion may disturb.
 struct Saved {
@@ -140,6 +144,17 @@ impl Partition {
                 Err(libc::EIO)
             }
         }
+    }
+
+    /// HVMSG_X64_INTERRUPTION_DELIVERABLE, if the VP could take an external interrupt right now. (KVM tells by itself only
+    /// as long as the local APIC passes the PIC's interrupts on.)
+    pub(crate) fn deliverable(&self, vp: &Vp) -> Answer<Option<hv_message>> {
+        let saved = Saved::take(&vp.vcpu)?;
+        let open = saved.regs.rflags & INTERRUPT_FLAG != 0
+            && saved.events.interrupt.shadow == 0
+            && saved.events.exception.pending == 0
+            && events::pending_interruption(&saved.events) == 0;
+        Ok(open.then(|| self.scene(vp, &saved, &saved.regs).deliverable()))
     }
 
     fn scene<'a>(&self, vp: &Vp, saved: &'a Saved, regs: &'a kvm_regs) -> Scene<'a> {

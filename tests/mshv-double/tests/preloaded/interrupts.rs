@@ -26,6 +26,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("ioeventfd", ioeventfd),
         trial("start_up_of_a_second_vp", start_up_of_a_second_vp),
         trial("an_injected_exception", an_injected_exception),
+        trial("an_interrupt_window", an_interrupt_window),
         trial("signals", signals),
         trial("registers_of_a_running_vp", registers_of_a_running_vp),
         trial("frozen_time", frozen_time),
@@ -300,6 +301,38 @@ fn an_injected_exception() {
     assert_eq!(guest.get(hv_register_name_HV_REGISTER_PENDING_EVENT0), 0);
 }
 
+fn an_interrupt_window() {
+    // sti; nop; jmp $
+    let guest = Guest::new(&[0xfb, 0x90, 0xeb, 0xfe]);
+    let notifications = hv_register_name_HV_REGISTER_DELIVERABILITY_NOTIFICATIONS;
+    guest.set(&[(notifications, 2)]);
+    let window = |message: hv_message| {
+        message.header.message_type == hv_message_type_HVMSG_X64_INTERRUPTION_DELIVERABLE
+    };
+    // Closed until STI has taken effect.
+    assert!(window(guest.run()));
+    assert!(guest.get(RIP) > CODE);
+    assert_eq!(guest.get(notifications), 0, "told once");
+    // An interrupt of the client's own: its handler does out 2, al.
+    guest.ram.write(0x6000, &[0xe6, 0x02]);
+    guest.ram.write(4 * 0x50, &[0x00, 0x60, 0x00, 0x00]);
+    guest.set(&[(
+        hv_register_name_HV_REGISTER_PENDING_INTERRUPTION,
+        1 | 0x50 << 16,
+    )]);
+    assert_eq!({ guest.port().port_number }, 2);
+    // Open right away: the client is told before the guest runs.
+    guest.ram.write(CODE as usize + 2, &[0xe6, 0x01]);
+    guest.set(&[
+        (RIP, CODE + 1),
+        (hv_register_name_HV_X64_REGISTER_RFLAGS, 0x202),
+        (notifications, 2),
+    ]);
+    assert!(window(guest.run()));
+    assert_eq!(guest.get(RIP), CODE + 1);
+    assert_eq!({ guest.port().port_number }, 1);
+}
+
 extern "C" fn nothing(_: i32) {}
 
 fn signals() {
@@ -345,6 +378,11 @@ fn registers_of_a_running_vp() {
             while !done.load(Ordering::SeqCst) {
                 match guest.vcpu.run() {
                     Ok(message) => {
+                        let kind = message.header.message_type;
+                        assert_eq!(
+                            kind, hv_message_type_HVMSG_X64_IO_PORT_INTERCEPT,
+                            "message {kind:#x}"
+                        );
                         let port = message.to_ioport_info().expect("a port message");
                         set(&guest.vcpu, &[(RIP, port.header.rip + 2)]).expect("RIP");
                     }
@@ -355,7 +393,7 @@ fn registers_of_a_running_vp() {
         for round in 0..50 {
             guest
                 .vm
-                .register_deliverabilty_notifications(0, round)
+                .register_deliverabilty_notifications(0, round << 2)
                 .expect("set while it runs");
         }
         done.store(true, Ordering::SeqCst);
@@ -365,12 +403,12 @@ fn registers_of_a_running_vp() {
             .expect("an interrupt");
         guest
             .vm
-            .register_deliverabilty_notifications(0, 2)
+            .register_deliverabilty_notifications(0, 4)
             .expect("set while it runs");
     });
     assert_eq!(
         guest.get(hv_register_name_HV_REGISTER_DELIVERABILITY_NOTIFICATIONS),
-        2
+        4
     );
 }
 

@@ -173,7 +173,12 @@ fn segments_and_tables() {
         let value = hv_register_value {
             segment: hv_x64_segment_register {
                 base: 0x1000,
-                limit: 0xf_ffff,
+                // A limit in bytes: with the granularity bit it ends at a page.
+                limit: if attributes >> 15 != 0 {
+                    u32::MAX
+                } else {
+                    0xf_ffff
+                },
                 selector: 0x18,
                 __bindgen_anon_1: hv_x64_segment_register__bindgen_ty_1 { attributes },
             },
