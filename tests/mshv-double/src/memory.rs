@@ -8,7 +8,7 @@ use mshv_bindings::*;
 
 use crate::kvm::Vm;
 use crate::status::{self, Status};
-use crate::sys::{Answer, note};
+use crate::sys::{self, Answer, note};
 
 /// Bytes of a page, the unit of everything here.
 pub(crate) const PAGE: u64 = 4096;
@@ -166,6 +166,18 @@ impl Memory {
         if overlaps {
             note!("SET_GUEST_MEMORY: overlaps a mapping, in guest or in user space: {asked:x?}");
             return Err(libc::EEXIST);
+        }
+        // The driver looks up the first page's mapping and pins all pages.
+        match sys::mapped(asked.userspace_addr, asked.size) {
+            Ok(()) => {}
+            Err(_) if sys::mapped(asked.userspace_addr, PAGE).is_err() => {
+                note!("SET_GUEST_MEMORY: nothing is mapped in user space: {asked:x?}");
+                return Err(libc::EINVAL);
+            }
+            Err(_) => {
+                note!("SET_GUEST_MEMORY: a part is not mapped in user space: {asked:x?}");
+                return Err(libc::EFAULT);
+            }
         }
         let slot = (0..)
             .find(|slot| self.regions.iter().all(|region| region.slot != *slot))

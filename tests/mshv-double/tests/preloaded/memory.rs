@@ -128,6 +128,18 @@ fn mapping_rules() {
         },
         libc::EINVAL,
     );
+    // Nothing there, and a hole.
+    let gone = Ram::new(0x4000);
+    let hole = gone.region(0x300, true);
+    // SAFETY: pages of a mapping that nobody uses.
+    unsafe { libc::munmap(gone.address.add(0x2000).cast(), 0x1000) };
+    expect(hole, libc::EFAULT);
+    let absent = mshv_user_mem_region {
+        userspace_addr: hole.userspace_addr + 0x2000,
+        size: 0x1000,
+        ..hole
+    };
+    expect(absent, libc::EINVAL);
     // Overlaps, in the guest and in the client.
     expect(
         mshv_user_mem_region {
