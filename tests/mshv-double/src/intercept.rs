@@ -10,10 +10,14 @@
 //! What completion did to registers, pending events or RAM is undone or overwritten: registers by us, RAM by the client,
 //! who emulates the same instruction with the right data.
 
-use kvm_bindings::{kvm_lapic_state, kvm_regs, kvm_sregs, kvm_vcpu_events};
+use kvm_bindings::{
+    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, kvm_lapic_state, kvm_regs, kvm_sregs,
+    kvm_vcpu_events,
+};
 use mshv_bindings::hv_message;
 
 use crate::events;
+use crate::gva::{self, Access};
 use crate::kvm::{Exit, Vcpu, XsaveArea};
 use crate::memory::{Memory, PAGE};
 use crate::message::{Kind, Scene};
@@ -129,21 +133,38 @@ impl Partition {
             }
             // With the local APIC in KVM, a halted vCPU stays inside.
             Exit::Halt | Exit::Interrupted => Ok(None),
-            Exit::Other(reason, suberror) => {
-                let regs = vp.vcpu.regs()?;
-                let sregs = vp.vcpu.sregs()?;
-                let code = Machine {
-                    memory: &memory,
-                    sregs: &sregs,
-                }
-                .message_bytes(regs.rip);
-                eprintln!(
-                    "mshv-double: KVM gave up on VP {}: exit {reason}, {suberror}, rip {:#x}, code {code:02x?}",
-                    vp.index, regs.rip
-                );
-                Err(libc::EIO)
+            Exit::Other(reason, suberror) => self.give_up(vp, &memory, reason, suberror).map(Some),
+        }
+    }
+
+    /// KVM cannot go on. A fetch from where no memory is, which KVM calls a failed emulation, is an intercept like any
+    /// other; all else is an error of KVM, which Hyper-V has no message for.
+    fn give_up(&self, vp: &Vp, memory: &Memory, reason: u32, suberror: u32) -> Answer<hv_message> {
+        let saved = Saved::take(&vp.vcpu)?;
+        let machine = Machine {
+            memory,
+            sregs: &saved.sregs,
+        };
+        let code = machine.message_bytes(saved.regs.rip);
+        if (reason, suberror) == (KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION)
+            && code.is_empty()
+        {
+            let gva = machine.fetch_address(saved.regs.rip);
+            let fetch = Access {
+                execute: true,
+                exempt: true,
+                ..Default::default()
+            };
+            if let Ok(gpa) = gva::translate(memory, &saved.sregs, gva, fetch) {
+                let scene = self.scene(vp, &saved, &saved.regs);
+                return Ok(scene.memory(false, Kind::Execute, gpa, Some(gva), &code));
             }
         }
+        eprintln!(
+            "mshv-double: KVM gave up on VP {}: exit {reason}, {suberror}, rip {:#x}, code {code:02x?}",
+            vp.index, saved.regs.rip
+        );
+        Err(libc::EIO)
     }
 
     /// HVMSG_X64_INTERRUPTION_DELIVERABLE, if the VP could take an external interrupt right now. (KVM tells by itself only

@@ -24,6 +24,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("a_store_that_crosses_into_a_device_page", crossing),
         trial("a_store_to_read_only_memory", read_only),
         trial("a_wide_store_is_one_message", wide_store),
+        trial("a_fetch_from_nowhere", fetch_from_nowhere),
         trial("unknown_msrs", unknown_msrs),
         trial("msr_intercepts", msr_intercepts),
         trial("a_triple_fault", triple_fault),
@@ -427,6 +428,22 @@ fn read_only() {
     guest.set(&[(RIP, CODE + 3)]);
     assert_eq!(guest.port().rax as u8, 0x99);
     guest.vm.unmap_user_memory(region).expect("unmapped");
+}
+
+fn fetch_from_nowhere() {
+    // jmp far to DEVICE:0x20
+    let guest = Guest::new(&[0xea, 0x20, 0x00, 0x00, (DEVICE >> 12) as u8]);
+    guest
+        .ram
+        .write(CODE as usize + 3, &((DEVICE >> 4) as u16).to_le_bytes());
+    let message = guest.memory();
+    assert_eq!({ message.guest_physical_address }, DEVICE + 0x20);
+    assert_eq!(
+        u32::from(message.header.intercept_access_type),
+        HV_INTERCEPT_ACCESS_EXECUTE
+    );
+    assert_eq!(message.instruction_byte_count, 0);
+    assert_eq!(guest.get(RIP), 0x20);
 }
 
 /// rdmsr of an MSR that nobody has; out 1, al; with a handler of #GP that does out 2, al.

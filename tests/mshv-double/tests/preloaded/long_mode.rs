@@ -64,7 +64,10 @@ fn guest() -> Guest {
     entry(0xa010, 0xc000 | 7);
     for page in 0..512 {
         entry(0xb000 + 8 * page, (page as u64) << 21 | 0x87);
-        entry(0xc000 + 8 * page, DEVICE_GPA + ((page as u64) << 21) | 0x87);
+        entry(
+            0xc000 + 8 * page,
+            (DEVICE_GPA + ((page as u64) << 21)) | 0x87,
+        );
     }
     let segment = |name, attributes| hv_register_assoc {
         name,
@@ -183,7 +186,7 @@ fn random_accesses() {
             .map_or(0, |(index, scale)| values[index] << scale);
         values[operand.base] = gva
             .wrapping_sub(scaled)
-            .wrapping_sub(operand.displacement as i64 as u64);
+            .wrapping_sub(i64::from(operand.displacement) as u64);
         let mut registers: Vec<(u32, u64)> = GENERAL.into_iter().zip(values).collect();
         registers.push((RIP, CODE));
         guest.set(&registers);
