@@ -161,6 +161,8 @@ pub(crate) struct Features {
     pub(crate) processor: [u64; 2],
     pub(crate) xsave: u64,
     pub(crate) synthetic: u64,
+    /// Whether the local APICs can be switched to x2APIC mode (MSHV_PT_BIT_X2APIC).
+    pub(crate) x2apic: bool,
 }
 
 /// Bits of HV_PARTITION_SYNTHETIC_PROCESSOR_FEATURES that the double can honour through KVM.
@@ -207,6 +209,7 @@ impl Features {
             processor: [processor as u64, (processor >> 64) as u64],
             xsave: present(XSAVE) as u64,
             synthetic: !synthetic::RESERVED,
+            x2apic: true,
         }
     }
 
@@ -351,6 +354,9 @@ fn restrict(entry: &mut kvm_cpuid_entry2, features: &Features, states: u64, vp: 
         (1, _) => {
             entry.ebx = entry.ebx & 0x00ff_ffff | vp << 24;
             entry.ecx &= !(1 << 31);
+            if !features.x2apic {
+                entry.ecx &= !(1 << 21);
+            }
             if features.synthetic & synthetic::HYPERVISOR_PRESENT != 0 {
                 entry.ecx |= 1 << 31;
             }

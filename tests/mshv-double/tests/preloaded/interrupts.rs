@@ -29,6 +29,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("an_interrupt_window", an_interrupt_window),
         trial("signals", signals),
         trial("registers_of_a_running_vp", registers_of_a_running_vp),
+        trial("many_threads_at_once", many_threads),
         trial("frozen_time", frozen_time),
         trial("local_apic_state", local_apic_state),
     ]
@@ -410,6 +411,105 @@ fn registers_of_a_running_vp() {
         guest.get(hv_register_name_HV_REGISTER_DELIVERABILITY_NOTIFICATIONS),
         4
     );
+}
+
+/// Four VPs do port and memory accesses while other threads change memory, send interrupts and look at registers.
+fn many_threads() {
+    const VPS: u8 = 4;
+    const ROUNDS: u64 = 300;
+    let guest = Guest::new(&[0xf4]);
+    // out dx, al; mov es:[di], al
+    guest.ram.write(0x5000, &[0xee, 0x26, 0x88, 0x05]);
+    let others: Vec<_> = (1..VPS)
+        .map(|index| guest.vm.create_vcpu(index).expect("a VP"))
+        .collect();
+    let vcpus: Vec<_> = std::iter::once(&guest.vcpu).chain(&others).collect();
+    let segment = |name, selector: u16, attributes| hv_register_assoc {
+        name,
+        value: hv_register_value {
+            segment: hv_x64_segment_register {
+                base: u64::from(selector) << 4,
+                limit: 0xffff,
+                selector,
+                __bindgen_anon_1: hv_x64_segment_register__bindgen_ty_1 { attributes },
+            },
+        },
+        ..Default::default()
+    };
+    let working = std::sync::atomic::AtomicUsize::new(vcpus.len());
+    thread::scope(|scope| {
+        for (index, vcpu) in vcpus.iter().copied().enumerate() {
+            let working = &working;
+            scope.spawn(move || {
+                vcpu.set_reg(&[
+                    segment(hv_register_name_HV_X64_REGISTER_CS, 0, 0x9b),
+                    segment(
+                        hv_register_name_HV_X64_REGISTER_ES,
+                        (DEVICE >> 4) as u16,
+                        0x93,
+                    ),
+                ])
+                .expect("segments");
+                let activity = hv_register_name_HV_REGISTER_INTERNAL_ACTIVITY_STATE;
+                set(
+                    vcpu,
+                    &[(activity, 0), (hv_register_name_HV_X64_REGISTER_RFLAGS, 2)],
+                )
+                .expect("runnable");
+                let run = || loop {
+                    match vcpu.run() {
+                        Ok(message) => return message,
+                        Err(error) => assert_eq!(error, MshvError::from(libc::EINTR)),
+                    }
+                };
+                for round in 0..ROUNDS {
+                    let offset = round % 0x1000;
+                    set(
+                        vcpu,
+                        &[
+                            (RIP, 0x5000),
+                            (hv_register_name_HV_X64_REGISTER_RDX, 0x100 + index as u64),
+                            (hv_register_name_HV_X64_REGISTER_RDI, offset),
+                        ],
+                    )
+                    .expect("registers");
+                    let port = run().to_ioport_info().expect("a port message");
+                    assert_eq!({ port.port_number }, 0x100 + index as u16);
+                    assert_eq!({ port.header.vp_index }, index as u32);
+                    set(vcpu, &[(RIP, 0x5001)]).expect("RIP");
+                    let store = run().to_memory_info().expect("a memory message");
+                    assert_eq!({ store.guest_physical_address }, DEVICE + offset);
+                }
+                working.fetch_sub(1, Ordering::SeqCst);
+            });
+        }
+        let (working, vm) = (&working, &guest.vm);
+        scope.spawn(move || {
+            let extra = crate::guest::Ram::new(0x1000);
+            while working.load(Ordering::SeqCst) > 0 {
+                vm.map_user_memory(extra.region(0x1000, true))
+                    .expect("memory");
+                vm.unmap_user_memory(extra.region(0x1000, true))
+                    .expect("unmapped");
+            }
+        });
+        scope.spawn(move || {
+            let mut round = 0;
+            while working.load(Ordering::SeqCst) > 0 {
+                let target = round % u32::from(VPS);
+                let request = InterruptRequest {
+                    apic_id: u64::from(target),
+                    ..request(false)
+                };
+                vm.request_virtual_interrupt(&request)
+                    .expect("an interrupt");
+                vm.register_deliverabilty_notifications(target, 0)
+                    .expect("set while it runs");
+                round += 1;
+                sleep(Duration::from_micros(100));
+            }
+        });
+    });
 }
 
 fn frozen_time() {
