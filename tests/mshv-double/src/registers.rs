@@ -492,6 +492,8 @@ impl<'a> Bank<'a> {
             }
             return match vcpu.set_msr(msr, low) {
                 Ok(()) => Ok(()),
+                // A feature that the partition does not have: its register stays at zero, and may be set to it.
+                Err(_) if vcpu.msr(msr) == Ok(low) => Ok(()),
                 Err(_) if vcpu.msr(msr).is_ok() => {
                     note!("register {name:#x}: value {low:#x} is refused");
                     Err(status::InvalidRegisterValue)
