@@ -240,9 +240,22 @@ fn kick(thread: i32) {
 /// Bytes of the kernel's signal set.
 const SIGNAL_SET: usize = 8;
 
-/// Blocks all signals of this thread and returns the mask that held before.
+/// Signals that an instruction of this very thread raises; blocked, they would end the process instead of being handled.
+const OWN_FAULTS: [i32; 6] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGTRAP,
+    libc::SIGSYS,
+];
+
+/// Blocks the signals of this thread and returns the mask that held before.
 fn block_signals() -> u64 {
-    let (all, mut before) = (u64::MAX, 0u64);
+    let faults = OWN_FAULTS
+        .iter()
+        .fold(0u64, |set, signal| set | 1 << (signal - 1));
+    let (all, mut before) = (!faults, 0u64);
     // SAFETY: both sets are 8 bytes, the kernel's size.
     unsafe {
         libc::syscall(
