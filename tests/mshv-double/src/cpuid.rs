@@ -161,6 +161,8 @@ pub(crate) struct Features {
     pub(crate) processor: [u64; 2],
     pub(crate) xsave: u64,
     pub(crate) synthetic: u64,
+    /// Whether the local APICs can be switched to x2APIC mode (MSHV_PT_BIT_X2APIC).
+    pub(crate) x2apic: bool,
 }
 
 /// Bits of HV_PARTITION_SYNTHETIC_PROCESSOR_FEATURES that the double can honour through KVM.
@@ -169,8 +171,6 @@ pub(crate) mod synthetic {
     pub(crate) const HV1: u64 = 1 << 1;
     pub(crate) const VP_RUNTIME: u64 = 1 << 2;
     pub(crate) const REFERENCE_COUNTER: u64 = 1 << 3;
-    pub(crate) const SYNIC: u64 = 1 << 4;
-    pub(crate) const TIMERS: u64 = 1 << 5;
     pub(crate) const INTERRUPT_CONTROL: u64 = 1 << 6;
     pub(crate) const HYPERCALL: u64 = 1 << 7;
     pub(crate) const VP_INDEX: u64 = 1 << 8;
@@ -216,6 +216,7 @@ impl Features {
             processor: [processor as u64, (processor >> 64) as u64],
             xsave: present(XSAVE) as u64 | kept,
             synthetic: !synthetic::RESERVED,
+            x2apic: true,
         }
     }
 
@@ -360,6 +361,9 @@ fn restrict(entry: &mut kvm_cpuid_entry2, features: &Features, states: u64, vp: 
         (1, _) => {
             entry.ebx = entry.ebx & 0x00ff_ffff | vp << 24;
             entry.ecx &= !(1 << 31);
+            if !features.x2apic {
+                entry.ecx &= !(1 << 21);
+            }
             if features.synthetic & synthetic::HYPERVISOR_PRESENT != 0 {
                 entry.ecx |= 1 << 31;
             }
@@ -367,7 +371,7 @@ fn restrict(entry: &mut kvm_cpuid_entry2, features: &Features, states: u64, vp: 
         // Protection keys have no bit in the banks, so no partition has them.
         (7, 0) => entry.ecx &= !(1 << 3 | 1 << 4),
         (0xd, _) if features.xsave & 1 == 0 => {
-            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0)
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         (0xd, 0) => {
             entry.eax &= states as u32;
@@ -396,11 +400,10 @@ fn hypervisor_leaves(features: &Features) -> Vec<kvm_cpuid_entry2> {
         edx,
         ..Default::default()
     };
+    // Not among them: synthetic interrupts and timers. A guest that saw them would use them.
     let privileges = [
         (VP_RUNTIME, 0),
         (REFERENCE_COUNTER, 1),
-        (SYNIC, 2),
-        (TIMERS, 3),
         (INTERRUPT_CONTROL, 4),
         (HYPERCALL, 5),
         (VP_INDEX, 6),

@@ -79,14 +79,14 @@ pub(crate) fn set_pending_interruption(
                 events.interrupt.injected,
                 events.interrupt.nr,
                 events.interrupt.soft,
-            ) = (1, vector, 0)
+            ) = (1, vector, 0);
         }
         SOFTWARE => {
             (
                 events.interrupt.injected,
                 events.interrupt.nr,
                 events.interrupt.soft,
-            ) = (1, vector, 1)
+            ) = (1, vector, 1);
         }
         NMI => events.nmi.injected = 1,
         EXCEPTION if vector < 32 => {

@@ -11,10 +11,12 @@
 //! who emulates the same instruction with the right data.
 
 use kvm_bindings::{
-    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, kvm_lapic_state, kvm_regs, kvm_sregs,
+    kvm_vcpu_events,
 };
 use mshv_bindings::hv_message;
 
+use crate::events;
 use crate::gva::{self, Access};
 use crate::kvm::{Exit, Vcpu, XsaveArea};
 use crate::memory::{Memory, PAGE};
@@ -26,6 +28,9 @@ use crate::vp::Vp;
 
 /// More pieces than any single instruction has (REP INS is read ahead by up to a page of bytes).
 const MOST_PIECES: usize = 8192;
+
+/// RFLAGS.IF.
+const INTERRUPT_FLAG: u64 = 1 << 9;
 
 /// State that completion may disturb.
 struct Saved {
@@ -77,6 +82,12 @@ fn complete(vcpu: &Vcpu) -> Answer<Vec<Exit>> {
     Err(libc::EIO)
 }
 
+/// Whether a vector's latest interrupt was level-triggered: its bit in the TMR, which stays until the next one.
+fn level_triggered(lapic: &kvm_lapic_state, vector: u8) -> bool {
+    let register = 0x180 + usize::from(vector) / 32 * 0x10;
+    lapic.regs[register + usize::from(vector) % 32 / 8] as u8 >> (vector % 8) & 1 != 0
+}
+
 impl Partition {
     /// Turns an exit into a message; None if the guest goes on.
     pub(crate) fn handle_exit(&self, vp: &Vp) -> Answer<Option<hv_message>> {
@@ -104,7 +115,8 @@ impl Partition {
             Exit::WriteMsr { index, unknown } => self.msr(vp, &memory, Kind::Write, index, unknown),
             Exit::Eoi(vector) => {
                 drop(memory);
-                if self.acknowledge(vector) {
+                // KVM reports every end of a vector that was ever routed as level-triggered; Hyper-V those that were.
+                if !level_triggered(&vp.vcpu.lapic()?, vector) || self.acknowledge(vector) {
                     return Ok(None);
                 }
                 let saved = Saved::take(&vp.vcpu)?;
@@ -121,55 +133,49 @@ impl Partition {
             }
             // With the local APIC in KVM, a halted vCPU stays inside.
             Exit::Halt | Exit::Interrupted => Ok(None),
-            Exit::Other(KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION)
-                if self.fetches_nothing(vp, &memory)?.is_some() =>
-            {
-                self.fetch(vp, &memory).map(Some)
-            }
-            Exit::Other(reason, suberror) => {
-                let regs = vp.vcpu.regs()?;
-                let sregs = vp.vcpu.sregs()?;
-                let code = Machine {
-                    memory: &memory,
-                    sregs: &sregs,
-                }
-                .message_bytes(regs.rip);
-                eprintln!(
-                    "mshv-double: KVM gave up on VP {}: exit {reason}, {suberror}, rip {:#x}, code {code:02x?}",
-                    vp.index, regs.rip
-                );
-                Err(libc::EIO)
-            }
+            Exit::Other(reason, suberror) => self.give_up(vp, &memory, reason, suberror).map(Some),
         }
     }
 
-    /// Where the instruction at RIP should come from, if there is no memory. KVM calls that an emulation that failed.
-    fn fetches_nothing(&self, vp: &Vp, memory: &Memory) -> Answer<Option<(u64, u64)>> {
-        let (regs, sregs) = (vp.vcpu.regs()?, vp.vcpu.sregs()?);
-        let linear = regs.rip.wrapping_add(sregs.cs.base);
-        let access = Access {
-            execute: true,
-            exempt: true,
-            ..Access::default()
+    /// KVM cannot go on. A fetch from where no memory is, which KVM calls a failed emulation, is an intercept like any
+    /// other; all else is an error of KVM, which Hyper-V has no message for.
+    fn give_up(&self, vp: &Vp, memory: &Memory, reason: u32, suberror: u32) -> Answer<hv_message> {
+        let saved = Saved::take(&vp.vcpu)?;
+        let machine = Machine {
+            memory,
+            sregs: &saved.sregs,
         };
-        Ok(gva::translate(memory, &sregs, linear, access)
-            .ok()
-            .filter(|gpa| memory.region(gpa / PAGE).is_none())
-            .map(|gpa| (linear, gpa)))
+        let code = machine.message_bytes(saved.regs.rip);
+        if (reason, suberror) == (KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION)
+            && code.is_empty()
+        {
+            let gva = machine.fetch_address(saved.regs.rip);
+            let fetch = Access {
+                execute: true,
+                exempt: true,
+                ..Default::default()
+            };
+            if let Ok(gpa) = gva::translate(memory, &saved.sregs, gva, fetch) {
+                let scene = self.scene(vp, &saved, &saved.regs);
+                return Ok(scene.memory(false, Kind::Execute, gpa, Some(gva), &code));
+            }
+        }
+        eprintln!(
+            "mshv-double: KVM gave up on VP {}: exit {reason}, {suberror}, rip {:#x}, code {code:02x?}",
+            vp.index, saved.regs.rip
+        );
+        Err(libc::EIO)
     }
 
-    fn fetch(&self, vp: &Vp, memory: &Memory) -> Answer<hv_message> {
-        let (linear, gpa) = self.fetches_nothing(vp, memory)?.ok_or(libc::EIO)?;
-        let mut saved = Saved::take(&vp.vcpu)?;
-        // KVM has queued #UD beside its exit; the hypervisor stops before anything of that kind.
-        saved.events.exception.pending = 0;
-        saved.events.exception.injected = 0;
-        let regs = saved.regs;
-        let message =
-            self.scene(vp, &saved, &regs)
-                .memory(false, Kind::Execute, gpa, Some(linear), &[]);
-        saved.restore(&vp.vcpu, &regs)?;
-        Ok(message)
+    /// HVMSG_X64_INTERRUPTION_DELIVERABLE, if the VP could take an external interrupt right now. (KVM tells by itself only
+    /// as long as the local APIC passes the PIC's interrupts on.)
+    pub(crate) fn deliverable(&self, vp: &Vp) -> Answer<Option<hv_message>> {
+        let saved = Saved::take(&vp.vcpu)?;
+        let open = saved.regs.rflags & INTERRUPT_FLAG != 0
+            && saved.events.interrupt.shadow == 0
+            && saved.events.exception.pending == 0
+            && events::pending_interruption(&saved.events) == 0;
+        Ok(open.then(|| self.scene(vp, &saved, &saved.regs).deliverable()))
     }
 
     fn scene<'a>(&self, vp: &Vp, saved: &'a Saved, regs: &'a kvm_regs) -> Scene<'a> {

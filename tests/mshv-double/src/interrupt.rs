@@ -108,7 +108,10 @@ impl Interrupts {
 
     /// Makes sure that the end of a level-triggered interrupt is seen.
     fn watch(&mut self, vm: &Vm, message: Msi) -> Answer<()> {
-        if self.level.contains(&message) {
+        if let Some(place) = self.level.iter().position(|known| *known == message) {
+            // The one that was not asserted for longest gives way to a new one. KVM's pins need no order.
+            let message = self.level.remove(place);
+            self.level.push(message);
             return Ok(());
         }
         if self.level.len() == PINS as usize {

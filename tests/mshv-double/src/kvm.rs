@@ -78,9 +78,8 @@ impl Kvm {
 
     pub(crate) fn create_vm(&self) -> Answer<Vm> {
         // SAFETY: KVM_CREATE_VM takes a number.
-        Ok(Vm {
-            fd: OwnFd(unsafe { sys::ioctl(self.fd.0, io(0x01), 0)? }),
-        })
+        let fd = unsafe { sys::ioctl(self.fd.0, io(0x01), 0)? };
+        Ok(Vm { fd: OwnFd(fd) })
     }
 
     pub(crate) fn check_extension(&self, capability: u32) -> i32 {

@@ -8,7 +8,7 @@ use mshv_bindings::*;
 
 use crate::kvm::Vm;
 use crate::status::{self, Status};
-use crate::sys::{Answer, note};
+use crate::sys::{self, Answer, note};
 
 /// Bytes of a page, the unit of everything here.
 pub(crate) const PAGE: u64 = 4096;
@@ -79,6 +79,23 @@ pub(crate) struct Memory {
 }
 
 impl Memory {
+    /// Memory of a test, without a VM: pages at a guest address.
+    #[cfg(test)]
+    pub(crate) fn of_pages(gpa: u64, bytes: &'static [u8]) -> Self {
+        let region = Region {
+            slot: 0,
+            first_pfn: gpa / PAGE,
+            pages: bytes.len() as u64 / PAGE,
+            address: bytes.as_ptr() as u64,
+            writable: true,
+            dirty: Vec::new(),
+        };
+        Memory {
+            regions: vec![region],
+            tracking: false,
+        }
+    }
+
     pub(crate) fn region(&self, pfn: u64) -> Option<&Region> {
         self.regions.iter().find(|region| region.contains(pfn))
     }
@@ -149,6 +166,18 @@ impl Memory {
         if overlaps {
             note!("SET_GUEST_MEMORY: overlaps a mapping, in guest or in user space: {asked:x?}");
             return Err(libc::EEXIST);
+        }
+        // The driver looks up the first page's mapping and pins all pages.
+        match sys::mapped(asked.userspace_addr, asked.size) {
+            Ok(()) => {}
+            Err(_) if sys::mapped(asked.userspace_addr, PAGE).is_err() => {
+                note!("SET_GUEST_MEMORY: nothing is mapped in user space: {asked:x?}");
+                return Err(libc::EINVAL);
+            }
+            Err(_) => {
+                note!("SET_GUEST_MEMORY: a part is not mapped in user space: {asked:x?}");
+                return Err(libc::EFAULT);
+            }
         }
         let slot = (0..)
             .find(|slot| self.regions.iter().all(|region| region.slot != *slot))

@@ -43,7 +43,12 @@ pub(crate) struct Host {
 impl Host {
     pub(crate) fn open() -> Answer<Self> {
         let kvm = Kvm::open()?;
-        let cpuid = kvm.supported_cpuid()?;
+        let mut cpuid = kvm.supported_cpuid()?;
+        // Older KVMs tell this one feature apart from the table.
+        if kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER) > 0 {
+            let leaves = cpuid.iter_mut().filter(|leaf| leaf.function == 1);
+            leaves.for_each(|leaf| leaf.ecx |= 1 << 24);
+        }
         let features = Features::of_host(&cpuid);
         Ok(Host {
             kvm,
@@ -68,7 +73,7 @@ pub(crate) struct Inner {
 #[derive(Debug)]
 pub(crate) struct Partition {
     pub(crate) id: u64,
-    pub(crate) host: Host,
+    pub(crate) host: Arc<Host>,
     pub(crate) vm: Vm,
     pub(crate) memory: RwLock<Memory>,
     pub(crate) inner: Mutex<Inner>,
@@ -86,7 +91,7 @@ impl Partition {
     /// # Safety
     ///
     /// `argument` points to the structure that its flags tell.
-    pub(crate) unsafe fn create(argument: u64) -> Answer<Self> {
+    pub(crate) unsafe fn create(host: Arc<Host>, argument: u64) -> Answer<Self> {
         // SAFETY: both versions begin with the first one.
         let first: mshv_create_partition = unsafe { sys::copy_from(argument)? };
         if first.pt_flags >> MSHV_PT_BIT_COUNT != 0
@@ -99,6 +104,7 @@ impl Partition {
             processor: [0; 2],
             xsave: 0,
             synthetic: 0,
+            x2apic: false,
         };
         if first.pt_flags >> MSHV_PT_BIT_CPU_AND_XSAVE_FEATURES & 1 != 0 {
             // SAFETY: the flag says that it is the second version.
@@ -127,7 +133,6 @@ impl Partition {
             eprintln!("mshv-double: a partition without local APICs is not supported");
             return Err(libc::EOPNOTSUPP);
         }
-        let host = Host::open()?;
         let vm = host.kvm.create_vm()?;
         vm.set_identity_map(&IDENTITY_MAP)?;
         vm.set_tss_address(TSS)?;
@@ -160,6 +165,7 @@ impl Partition {
             processor: [0, 1].map(|bank| host.features.processor[bank] & !disabled.processor[bank]),
             xsave: host.features.xsave & !disabled.xsave,
             synthetic: 0,
+            x2apic: first.pt_flags >> MSHV_PT_BIT_X2APIC & 1 != 0,
         };
         static NEXT_ID: AtomicU64 = AtomicU64::new(2);
         Ok(Partition {
@@ -269,6 +275,8 @@ impl Partition {
         let vcpu = self.vm.create_vcpu(index, self.host.kvm.run_size()?)?;
         let base = cpuid::base(&self.host.cpuid, &features, index);
         vcpu.set_cpuid(&base)?;
+        // KVM draws its map of APIC identifiers before a new vCPU is in its list; setting a state redraws it.
+        vcpu.set_lapic(&vcpu.lapic()?)?;
         let vp = Arc::new(Vp::new(index, vcpu, base));
         vps.insert(index, Arc::clone(&vp));
         Ok(vp)
@@ -337,7 +345,7 @@ impl Partition {
                 bitmap.as_ptr(),
                 asked.bitmap_ptr as *mut u8,
                 bitmap.len(),
-            )
+            );
         };
         Ok(())
     }

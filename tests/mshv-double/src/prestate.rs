@@ -63,14 +63,18 @@ impl Machine<'_> {
         }
     }
 
+    /// The linear address of an instruction pointer.
+    pub(crate) fn fetch_address(&self, rip: u64) -> u64 {
+        if self.bitness() == 64 {
+            rip
+        } else {
+            self.sregs.cs.base.wrapping_add(rip) & 0xffff_ffff
+        }
+    }
+
     /// Reads what can be read of the bytes at an instruction pointer.
     pub(crate) fn code(&self, rip: u64, buffer: &mut [u8]) -> usize {
-        let base = if self.bitness() == 64 {
-            0
-        } else {
-            self.sregs.cs.base
-        };
-        gva::read_linear(self.memory, self.sregs, base.wrapping_add(rip), buffer)
+        gva::read_linear(self.memory, self.sregs, self.fetch_address(rip), buffer)
     }
 
     /// Decodes the instruction at an instruction pointer.
@@ -528,3 +532,6 @@ fn set_general(regs: &mut kvm_regs, register: Register, value: u64) {
         *slot = *slot & !(mask << shift) | (value & mask) << shift;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,9 @@ use crate::vp::VpState;
 /// HvX64RegisterTscDeadline (TLFS, HV_REGISTER_NAME); the bindings leave it out.
 const HV_X64_REGISTER_TSC_DEADLINE: u32 = 0x0008_0095;
 
+/// Bits that EFER has on any processor: SCE, LME, LMA, NXE (AMD APM vol. 2, 3.1.7), and AMD's further ones.
+const EFER_DEFINED: u64 = 1 | 1 << 8 | 1 << 10 | 1 << 11 | 0xf << 12 | 3 << 17 | 3 << 20;
+
 /// The value of a register: up to 128 bits, the lower half first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Value(pub(crate) [u64; 2]);
@@ -229,7 +232,6 @@ fn debug(regs: &mut kvm_debugregs, name: u32) -> Option<&mut u64> {
 
 /// Where a floating point register lies in the legacy XSAVE region, as bytes (Intel SDM vol. 1, table 10-2).
 fn legacy_offset(name: u32) -> Option<usize> {
-    #[expect(non_upper_case_globals, reason = "names of the TLFS")]
     Some(match name {
         hv_register_name_HV_X64_REGISTER_XMM0..=hv_register_name_HV_X64_REGISTER_XMM15 => {
             160 + 16 * (name - hv_register_name_HV_X64_REGISTER_XMM0) as usize
@@ -453,6 +455,11 @@ impl<'a> Bank<'a> {
             _ => matches!(name >> 16, 4 | 6 | 7),
         };
         if special {
+            // KVM checks control registers, but not this one.
+            if name == hv_register_name_HV_X64_REGISTER_EFER && low & !EFER_DEFINED != 0 {
+                note!("EFER: {low:#x} has reserved bits");
+                return Err(status::InvalidRegisterValue);
+            }
             let sregs = self.sregs.change(|| vcpu.sregs())?;
             return if let Some(slot) = control(sregs, name) {
                 *slot = low;
@@ -474,8 +481,19 @@ impl<'a> Bank<'a> {
                 .ok_or(status::InvalidParameter);
         }
         if let Some(msr) = msr_of(name) {
+            // Some KVMs take any memory type from user space.
+            let types_known = low
+                .to_le_bytes()
+                .iter()
+                .all(|kind| matches!(kind, 0 | 1 | 4..=7));
+            if name == hv_register_name_HV_X64_REGISTER_PAT && !types_known {
+                note!("PAT: {low:#x} names unknown memory types");
+                return Err(status::InvalidRegisterValue);
+            }
             return match vcpu.set_msr(msr, low) {
                 Ok(()) => Ok(()),
+                // A feature that the partition does not have: its register stays at zero, and may be set to it.
+                Err(_) if vcpu.msr(msr) == Ok(low) => Ok(()),
                 Err(_) if vcpu.msr(msr).is_ok() => {
                     note!("register {name:#x}: value {low:#x} is refused");
                     Err(status::InvalidRegisterValue)
@@ -512,7 +530,7 @@ impl<'a> Bank<'a> {
             }
             hv_register_name_HV_REGISTER_EXPLICIT_SUSPEND => state.explicit_suspend = low & 1 != 0,
             hv_register_name_HV_REGISTER_INTERCEPT_SUSPEND => {
-                state.intercept_suspend = low & 1 != 0
+                state.intercept_suspend = low & 1 != 0;
             }
             hv_register_name_HV_REGISTER_INTERNAL_ACTIVITY_STATE => {
                 events::set_activity(self.mp_state.change(|| vcpu.mp_state())?, low)?;

@@ -83,6 +83,14 @@ pub(crate) unsafe fn munmap(address: *mut c_void, length: usize) {
     unsafe { libc::syscall(libc::SYS_munmap, address, length) };
 }
 
+/// Whether a range of this process is mapped without holes; nothing becomes resident.
+pub(crate) fn mapped(address: u64, length: u64) -> Answer<()> {
+    let mut resident = vec![0u8; (length / 4096) as usize];
+    // SAFETY: the kernel writes a byte a page, for which there is room, and only looks at the range.
+    checked(unsafe { libc::syscall(libc::SYS_mincore, address, length, resident.as_mut_ptr()) })
+        .map(drop)
+}
+
 /// A descriptor that stands for one of our objects in the client's hands: an empty memory file, so that `fstat`,
 /// `poll` and `fcntl` on it behave.
 pub(crate) fn placeholder(name: &std::ffi::CStr, close_on_exec: bool) -> Answer {

@@ -124,8 +124,8 @@ impl Object {
         // SAFETY: vouched for by the caller.
         unsafe {
             match (self, request) {
-                (Object::Device(_), requests::CREATE_PARTITION) => {
-                    let partition = Arc::new(Partition::create(argument)?);
+                (Object::Device(host), requests::CREATE_PARTITION) => {
+                    let partition = Arc::new(Partition::create(Arc::clone(host), argument)?);
                     insert(c"mshv_partition", true, Object::Partition(partition))
                 }
                 (Object::Device(host), requests::ROOT_HVCALL) => {

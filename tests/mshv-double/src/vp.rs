@@ -17,7 +17,10 @@ use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use kvm_bindings::kvm_cpuid_entry2;
-use mshv_bindings::hv_message;
+use mshv_bindings::{
+    hv_message, hv_message_type_HVMSG_X64_INTERRUPTION_DELIVERABLE as DELIVERABLE,
+    hv_register_name_HV_REGISTER_DELIVERABILITY_NOTIFICATIONS as NOTIFICATIONS,
+};
 
 use crate::cpuid::{self, Registered};
 use crate::kvm::Vcpu;
@@ -58,6 +61,18 @@ impl VpState {
 
     pub(crate) fn keep(&mut self, name: u32, value: Value) {
         self.kept.insert(name, value);
+    }
+
+    /// Whether the client wants to hear when an external interrupt can be delivered: bit 1 of
+    /// HV_DELIVERABILITY_NOTIFICATIONS_REGISTER.
+    fn wants_window(&self) -> bool {
+        self.kept(NOTIFICATIONS).0[0] & 2 != 0
+    }
+
+    /// A notification is given once.
+    fn forget_window(&mut self) {
+        let Value([low, high]) = self.kept(NOTIFICATIONS);
+        self.keep(NOTIFICATIONS, Value([low & !2, high]));
     }
 
     /// Registers a CPUID result; the same leaf and subleaf again replaces it.
@@ -157,6 +172,14 @@ impl Vp {
                 self.vcpu.set_signal_mask(inside)?;
                 state.signal_mask = Some(inside);
             }
+            if state.wants_window() {
+                if let Some(message) = partition.deliverable(self)? {
+                    state.forget_window();
+                    state.intercept_suspend = true;
+                    return Ok(message);
+                }
+                self.vcpu.request_interrupt_window(true);
+            }
             (state.explicit_suspend, state.intercept_suspend, state.ran) = (false, false, true);
             self.vcpu.set_immediate_exit(false);
             // SAFETY: gettid has no arguments and cannot fail.
@@ -171,6 +194,9 @@ impl Vp {
             match entered {
                 Ok(_) => {
                     if let Some(message) = partition.handle_exit(self)? {
+                        if { message.header.message_type } == DELIVERABLE {
+                            state.forget_window();
+                        }
                         state.intercept_suspend = true;
                         return Ok(message);
                     }
@@ -214,9 +240,22 @@ fn kick(thread: i32) {
 /// Bytes of the kernel's signal set.
 const SIGNAL_SET: usize = 8;
 
-/// Blocks all signals of this thread and returns the mask that held before.
+/// Signals that an instruction of this very thread raises; blocked, they would end the process instead of being handled.
+const OWN_FAULTS: [i32; 6] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGTRAP,
+    libc::SIGSYS,
+];
+
+/// Blocks the signals of this thread and returns the mask that held before.
 fn block_signals() -> u64 {
-    let (all, mut before) = (u64::MAX, 0u64);
+    let faults = OWN_FAULTS
+        .iter()
+        .fold(0u64, |set, signal| set | 1 << (signal - 1));
+    let (all, mut before) = (!faults, 0u64);
     // SAFETY: both sets are 8 bytes, the kernel's size.
     unsafe {
         libc::syscall(

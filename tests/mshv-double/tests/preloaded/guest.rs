@@ -101,8 +101,7 @@ impl Guest {
             },
         };
         let mut cs = segment(0);
-        // SAFETY: the member just written.
-        unsafe { cs.segment.__bindgen_anon_1.attributes = 0x9b };
+        cs.segment.__bindgen_anon_1.attributes = 0x9b;
         let assoc = |name, value| hv_register_assoc {
             name,
             value,
@@ -128,8 +127,10 @@ impl Guest {
         guest
     }
 
+    #[track_caller]
     pub(crate) fn set(&self, registers: &[(u32, u64)]) {
-        set(&self.vcpu, registers).expect("registers are set");
+        set(&self.vcpu, registers)
+            .unwrap_or_else(|error| panic!("registers {registers:x?}: {error}"));
     }
 
     pub(crate) fn get(&self, name: u32) -> u64 {

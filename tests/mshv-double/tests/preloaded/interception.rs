@@ -23,6 +23,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("loads_of_many_shapes", loads_of_many_shapes),
         trial("a_store_that_crosses_into_a_device_page", crossing),
         trial("a_store_to_read_only_memory", read_only),
+        trial("a_wide_store_is_one_message", wide_store),
+        trial("a_fetch_from_nowhere", fetch_from_nowhere),
         trial("unknown_msrs", unknown_msrs),
         trial("msr_intercepts", msr_intercepts),
         trial("a_triple_fault", triple_fault),
@@ -228,12 +230,8 @@ fn stores_of_many_shapes() {
             store.code
         );
         // SAFETY: both members of the union are a byte.
-        assert_eq!(
-            unsafe { message.memory_access_info.as_uint8 } & 3,
-            3,
-            "{:x?}",
-            store.code
-        );
+        let info = unsafe { message.memory_access_info.as_uint8 };
+        assert_eq!(info & 3, 3, "{:x?}", store.code);
         assert_eq!(
             { message.guest_virtual_address },
             store.gpa,
@@ -384,6 +382,33 @@ fn crossing() {
     );
 }
 
+fn wide_store() {
+    // movups es:[di], xmm1; out 1, al
+    let guest = Guest::new(&[0x26, 0x0f, 0x11, 0x0d, 0xe6, 0x01]);
+    guest.set(&[
+        (hv_register_name_HV_X64_REGISTER_CR4, 0x200),
+        (hv_register_name_HV_X64_REGISTER_XMM1, 0x1122_3344_5566_7788),
+    ]);
+    // Inside one page, and across two.
+    for offset in [0x10, 0xffc] {
+        guest.set(&[(RDI, offset), (RIP, CODE)]);
+        let message = guest.memory();
+        assert_eq!({ message.guest_physical_address }, DEVICE + offset);
+        assert_eq!(({ message.header.rip }, guest.get(RIP)), (CODE, CODE));
+        guest.set(&[(RIP, CODE + 4)]);
+        assert_eq!({ guest.port().port_number }, 1);
+    }
+    // movups xmm1, es:[di]: nothing made up stays in the register.
+    guest.ram.write(CODE as usize, &[0x26, 0x0f, 0x10, 0x0d]);
+    guest.set(&[(RDI, 0x10), (RIP, CODE)]);
+    let message = guest.memory();
+    assert_eq!(message.header.intercept_access_type, 0);
+    assert_eq!(
+        guest.get(hv_register_name_HV_X64_REGISTER_XMM1),
+        0x1122_3344_5566_7788
+    );
+}
+
 fn read_only() {
     // mov es:[di], al; mov al, es:[di]; out 1, al
     let guest = Guest::new(&[0x26, 0x88, 0x05, 0x26, 0x8a, 0x05, 0xe6, 0x01]);
@@ -403,6 +428,22 @@ fn read_only() {
     guest.set(&[(RIP, CODE + 3)]);
     assert_eq!(guest.port().rax as u8, 0x99);
     guest.vm.unmap_user_memory(region).expect("unmapped");
+}
+
+fn fetch_from_nowhere() {
+    // jmp far to DEVICE:0x20
+    let guest = Guest::new(&[0xea, 0x20, 0x00, 0x00, (DEVICE >> 12) as u8]);
+    guest
+        .ram
+        .write(CODE as usize + 3, &((DEVICE >> 4) as u16).to_le_bytes());
+    let message = guest.memory();
+    assert_eq!({ message.guest_physical_address }, DEVICE + 0x20);
+    assert_eq!(
+        u32::from(message.header.intercept_access_type),
+        HV_INTERCEPT_ACCESS_EXECUTE
+    );
+    assert_eq!(message.instruction_byte_count, 0);
+    assert_eq!(guest.get(RIP), 0x20);
 }
 
 /// rdmsr of an MSR that nobody has; out 1, al; with a handler of #GP that does out 2, al.

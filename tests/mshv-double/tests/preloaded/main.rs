@@ -6,6 +6,7 @@
 mod guest;
 mod interception;
 mod interrupts;
+mod long_mode;
 mod memory;
 mod refusals;
 mod registers;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     let suites = [
         interception::trials(),
         interrupts::trials(),
+        long_mode::trials(),
         memory::trials(),
         refusals::trials(),
         registers::trials(),

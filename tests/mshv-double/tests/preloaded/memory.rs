@@ -26,11 +26,13 @@ fn dirty_pages() {
     // stosb to ES:DI, with ES 0; out 1, al
     let guest = Guest::new(&[0x1e, 0x07, 0xaa, 0xe6, 0x01]);
     let pages = 16;
+    // Page 1, the code, is left out: KVM may call a page dirty that it merely mapped for writing.
     let bitmap = |operation| {
         guest
             .vm
             .get_gpap_access_bitmap(0, pages, DIRTY, operation)
             .expect("a bitmap")[0]
+            & !2
     };
     assert!(
         guest
@@ -40,7 +42,7 @@ fn dirty_pages() {
         "not tracking"
     );
     guest.vm.enable_dirty_page_tracking().expect("tracking");
-    assert_eq!(bitmap(CLEAR), 0xffff, "all pages count as dirty at first");
+    assert_eq!(bitmap(CLEAR), 0xfffd, "all pages count as dirty at first");
     assert_eq!(bitmap(NOOP), 0);
     let write = |page: u64| {
         guest.set(&[
@@ -75,7 +77,7 @@ fn dirty_pages() {
         "with clear bits"
     );
     assert_eq!(bitmap(SET), 1 << 7);
-    assert_eq!(bitmap(NOOP), 0xffff);
+    assert_eq!(bitmap(NOOP), 0xfffd);
     guest
         .vm
         .disable_dirty_page_tracking()
@@ -126,6 +128,18 @@ fn mapping_rules() {
         },
         libc::EINVAL,
     );
+    // Nothing there, and a hole.
+    let gone = Ram::new(0x4000);
+    let hole = gone.region(0x300, true);
+    // SAFETY: pages of a mapping that nobody uses.
+    unsafe { libc::munmap(gone.address.add(0x2000).cast(), 0x1000) };
+    expect(hole, libc::EFAULT);
+    let absent = mshv_user_mem_region {
+        userspace_addr: hole.userspace_addr + 0x2000,
+        size: 0x1000,
+        ..hole
+    };
+    expect(absent, libc::EINVAL);
     // Overlaps, in the guest and in the client.
     expect(
         mshv_user_mem_region {
