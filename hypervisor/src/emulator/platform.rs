@@ -57,7 +57,7 @@ pub struct VectorRegisters {
 /// the registers alone. `read`, `write` and `compare_exchange` get guest physical addresses of RAM and of
 /// devices alike (the routing is the platform's), need not be aligned, and never cross a 4 KiB page.
 /// One access of the instruction is one call, unless it crosses a page: an 8-byte store to
-/// a device arrives as one 8-byte write. The widest access is 32 bytes (AVX, PUSHA).
+/// a device arrives as one 8-byte write. The widest access is 32 bytes (AVX).
 pub trait Platform {
     /// Translates the linear address `gva`, checking that `access` is allowed. It sets accessed and
     /// dirty bits as the processor would. Answers are reused for other addresses of the same 4 KiB page,

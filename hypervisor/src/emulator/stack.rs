@@ -153,50 +153,43 @@ impl Cpu<'_> {
         Ok(())
     }
 
-    /// PUSHA.
+    /// PUSHA: eight pushes, all checked before the first is written.
     pub(super) fn push_all(&mut self, instruction: &Instruction) -> Step {
         let bytes = if instruction.code() == Code::Pushad {
             4
         } else {
             2
         };
-        let total = 8 * bytes;
-        let pointer = self.stack_pointer().wrapping_sub(total as u64) & mask(self.stack_bytes());
-        let span = self.span_of(SegmentName::Ss, pointer, total, bytes, AccessKind::Write)?;
-        let mut data = [0; 32];
-        for (slot, index) in data.chunks_exact_mut(bytes).zip((0..8).rev()) {
-            let value = self.part(index, bytes).to_le_bytes();
-            for (to, from) in slot.iter_mut().zip(value) {
-                *to = from;
-            }
+        let mut pointer = self.stack_pointer();
+        let mut spans = [None; 8];
+        for span in &mut spans {
+            pointer = pointer.wrapping_sub(bytes as u64) & mask(self.stack_bytes());
+            *span = Some(self.span(SegmentName::Ss, pointer, bytes, AccessKind::Write)?);
         }
-        self.write_span(&span, &data)?;
+        for (index, span) in spans.iter().flatten().enumerate() {
+            self.store(span, self.part(index, bytes))?;
+        }
         self.set_stack_pointer(pointer);
         Ok(())
     }
 
-    /// POPA.
+    /// POPA. What it finds for SP is skipped.
     pub(super) fn pop_all(&mut self, instruction: &Instruction) -> Step {
         let bytes = if instruction.code() == Code::Popad {
             4
         } else {
             2
         };
-        let pointer = self.stack_pointer();
-        let span = self.span_of(SegmentName::Ss, pointer, 8 * bytes, bytes, AccessKind::Read)?;
-        let mut data = [0; 32];
-        self.read_span(&span, &mut data)?;
-        self.set_stack_pointer(pointer.wrapping_add(8 * bytes as u64));
-        for (slot, index) in data.chunks_exact(bytes).zip((0..8).rev()) {
-            if index == reg::SP {
-                continue;
+        let mut pointer = self.stack_pointer();
+        for index in (0..8).rev() {
+            let span = self.span(SegmentName::Ss, pointer, bytes, AccessKind::Read)?;
+            let value = self.load(&span)?;
+            pointer = pointer.wrapping_add(bytes as u64) & mask(self.stack_bytes());
+            if index != reg::SP {
+                self.set_part(index, bytes, value);
             }
-            let mut value = [0; 8];
-            for (to, from) in value.iter_mut().zip(slot) {
-                *to = *from;
-            }
-            self.set_part(index, bytes, u64::from_le_bytes(value));
         }
+        self.set_stack_pointer(pointer);
         Ok(())
     }
 

@@ -10,9 +10,12 @@ use hypervisor::emulator::{
 use iced_x86::Mnemonic;
 
 use crate::flat::{Flat, Page};
-use crate::generate::{self, Case};
-use crate::native::{CODE, DATA, EXIT_BYTES, End, Processor, Registers, processor};
+use crate::generate::{self, Case, Layout};
+use crate::native::{
+    CODE, DATA, EXIT_BYTES, End, Processor, Registers, Selectors, TRAMPOLINE, processor,
+};
 use crate::random::Random;
+use crate::segments;
 use crate::undefined::{undefined_flags, undefined_result};
 
 /// Instructions that this processor or its kernel may not have. #UD is no difference then.
@@ -191,9 +194,10 @@ struct Comparison<'a> {
     processor: &'a mut Processor,
     platform: Flat,
     special: SpecialRegisters,
+    layout: Layout,
+    selectors: Option<Selectors>,
     options: Options,
     random: Random,
-    decoder_options: u32,
     registers: Registers,
 }
 
@@ -228,7 +232,16 @@ impl<'a> Comparison<'a> {
                 max_iterations: 100_000,
                 ..Options::default()
             },
-            decoder_options: generate::decoder_options(amd),
+            layout: Layout {
+                bits: 64,
+                cs: 0,
+                ds: 0,
+                es: 0,
+                ss: 0,
+                gs: gs_base,
+                decoder_options: generate::decoder_options(amd),
+            },
+            selectors: None,
             random,
             registers: Registers {
                 ymm: [[0; 32]; 16],
@@ -241,9 +254,8 @@ impl<'a> Comparison<'a> {
 
     /// One random instruction.
     fn step(&mut self) -> Option<(Case, Verdict)> {
-        let case = generate::instruction(&mut self.random, self.decoder_options)?;
-        let gs_base = self.processor.gs_base;
-        generate::registers(&mut self.random, &case, gs_base, &mut self.registers);
+        let case = generate::instruction(&mut self.random, &self.layout)?;
+        generate::registers(&mut self.random, &case, &self.layout, &mut self.registers);
         self.freshen();
         let verdict = self.compare(&case);
         Some((case, verdict))
@@ -263,12 +275,13 @@ impl<'a> Comparison<'a> {
 
     fn compare(&mut self, case: &Case) -> Verdict {
         let before = self.registers.clone();
+        let start = self.layout.rip();
         let cl = before.gpr[1] as u8;
         if undefined_result(&case.instruction, cl) {
             return Verdict::Skipped;
         }
         let mut state = CpuState {
-            general: general(&before, CODE),
+            general: general(&before, start),
             special: self.special,
             interrupt_shadow: 0,
         };
@@ -276,13 +289,15 @@ impl<'a> Comparison<'a> {
         self.platform.outside = false;
         let backup = self.platform.memory.clone();
         let result = emulate(&mut self.platform, &mut state, &case.bytes, &self.options);
-        let next = CODE + case.bytes.len() as u64;
-        let stub = CODE..next + EXIT_BYTES;
+        let next = start + case.bytes.len() as u64;
+        let stub = start..next + EXIT_BYTES;
         let rip = state.general.rip;
         let trapping = state.general.rflags & 1 << 8 != 0;
         // The kernel answers calls into this page (vsyscall) itself.
         let vsyscall = rip >> 12 == 0xf_ffff_ffff_f600;
-        let into_stub = rip != next && rip != CODE && stub.contains(&rip);
+        let trampoline = TRAMPOLINE - self.layout.cs;
+        let into_stub = rip != next && rip != start && stub.contains(&rip)
+            || (trampoline..trampoline + 16).contains(&rip);
         let outcome = match result {
             Ok(outcome) if !self.platform.outside && !trapping && !into_stub && !vsyscall => {
                 outcome
@@ -305,30 +320,40 @@ impl<'a> Comparison<'a> {
             other => return Verdict::Different(format!("unexpected outcome {other:?}")),
         };
         let emulated = from_state(&state, &self.platform.vectors);
-        let branch_to_itself = emulated_end == Ending::At(CODE);
+        let branch_to_itself = emulated_end == Ending::At(start);
         if branch_to_itself {
             self.platform.memory = backup;
             return Verdict::Skipped;
         }
         let mut native = before.clone();
-        let end = self.processor.run(&case.bytes, &mut native);
-        let native_end = native_ending(end, next);
+        let end = self.processor.run(&case.bytes, &mut native, self.selectors);
+        let native_end = self.native_ending(end, next);
         let lacking = matches!(native_end, Ending::Exception { vector: 6, .. });
         if lacking && MAY_LACK.contains(&case.instruction.mnemonic()) {
             self.platform.memory = backup;
             return Verdict::Skipped;
         }
         let mask = !undefined_flags(&case.instruction, cl) & !RF;
-        // ENTER's pushes are visible on the processor even where a later one faults; the emulator writes none then.
-        let partial = case.instruction.mnemonic() == Mnemonic::Enter
-            && matches!(native_end, Ending::Exception { .. });
+        // The processor shows what ENTER and PUSHA pushed, and POPA popped, before a fault; the emulator does nothing then.
+        let partial = matches!(native_end, Ending::Exception { .. })
+            && matches!(
+                case.instruction.mnemonic(),
+                Mnemonic::Enter
+                    | Mnemonic::Pusha
+                    | Mnemonic::Pushad
+                    | Mnemonic::Popa
+                    | Mnemonic::Popad
+            );
+        if partial {
+            native.gpr = before.gpr;
+        }
         if partial {
             let data = self.processor.data();
             self.platform.memory[4096..4 * 4096].copy_from_slice(data);
         }
         let same_memory = self.processor.data() == &self.platform.memory[4096..4 * 4096];
         let same = emulated_end == native_end
-            && emulated.gpr == native.gpr
+            && self.same_registers(&emulated, &native)
             && emulated.ymm == native.ymm
             && emulated.mxcsr == native.mxcsr
             && (emulated.flags ^ native.flags) & mask == 0
@@ -351,23 +376,39 @@ impl<'a> Comparison<'a> {
         self.platform.memory[4096..4 * 4096].copy_from_slice(data);
         Verdict::Different(message)
     }
-}
 
-fn native_ending(end: End, next: u64) -> Ending {
-    let trap = match end {
-        End::Next => return Ending::At(next),
-        End::Trapped(trap) => trap,
-    };
-    match trap.vector {
-        // INT3, or the filling behind a branch; both report RIP behind the byte.
-        3 if trap.rip != next => Ending::At(trap.rip - 1),
-        // The fetch at a branch's target.
-        14 if trap.rip == trap.address && trap.rip != CODE => Ending::At(trap.rip),
-        vector => Ending::Exception {
-            vector: vector as u8,
-            error_code: trap.error_code as u32,
-            address: if vector == 14 { trap.address } else { 0 },
-        },
+    fn native_ending(&self, end: End, next: u64) -> Ending {
+        let trap = match end {
+            End::Next => return Ending::At(next),
+            End::Trapped(trap) => trap,
+        };
+        match trap.vector {
+            // INT3, or the filling behind a branch; both report RIP behind the byte.
+            3 if trap.rip != next => Ending::At(trap.rip - 1),
+            // The fetch at a branch's target.
+            14 if self.is_target(trap.rip, trap.address) => Ending::At(trap.rip),
+            vector => Ending::Exception {
+                vector: vector as u8,
+                error_code: trap.error_code as u32,
+                address: if vector == 14 { trap.address } else { 0 },
+            },
+        }
+    }
+
+    /// Whether a page fault is that of a fetch at a branch's target.
+    fn is_target(&self, rip: u64, address: u64) -> bool {
+        self.layout.cs + rip == address && address != CODE
+    }
+
+    /// Outside 64-bit mode only the low halves exist.
+    fn same_registers(&self, emulated: &Registers, native: &Registers) -> bool {
+        let mask = if self.layout.bits == 64 {
+            u64::MAX
+        } else {
+            0xffff_ffff
+        };
+        let mut pairs = emulated.gpr.iter().zip(&native.gpr);
+        pairs.all(|(e, n)| (e ^ n) & mask == 0)
     }
 }
 
@@ -421,20 +462,14 @@ fn describe(
     text
 }
 
-#[test]
-fn random_instructions_do_what_the_processor_does() {
-    if !has_what_is_compared() {
-        println!("skipped: this processor lacks AVX2, BMI, ADX or MOVBE");
-        return;
-    }
+/// Runs a comparison to its end, with `vary` before each case, and reports.
+fn run(name: &str, comparison: &mut Comparison<'_>, seed: u64, vary: impl Fn(&mut Comparison<'_>)) {
     let cases = setting("EMULATOR_CASES", 300_000);
-    let seed = setting("EMULATOR_SEED", 1);
-    let mut processor = processor();
-    let mut comparison = Comparison::new(&mut processor, seed);
     let mut mnemonics = std::collections::BTreeMap::<String, u64>::new();
     let (mut same, mut skipped, mut different) = (0u64, 0u64, Vec::new());
     let started = std::time::Instant::now();
     while same < cases && different.len() < 20 {
+        vary(comparison);
         let Some((case, verdict)) = comparison.step() else {
             continue;
         };
@@ -449,7 +484,7 @@ fn random_instructions_do_what_the_processor_does() {
         }
     }
     println!(
-        "seed {seed}: {same} instructions compared, {skipped} skipped, {} mnemonics, {:.1} s",
+        "{name}, seed {seed}: {same} instructions compared, {skipped} skipped, {} mnemonics, {:.1} s",
         mnemonics.len(),
         started.elapsed().as_secs_f64()
     );
@@ -458,7 +493,43 @@ fn random_instructions_do_what_the_processor_does() {
     }
     assert!(
         different.is_empty(),
-        "seed {seed}, after {same} equal cases:\n{}",
+        "{name}, seed {seed}, after {same} equal cases:\n{}",
         different.join("\n")
     );
+}
+
+#[test]
+fn random_instructions_do_what_the_processor_does() {
+    if !has_what_is_compared() {
+        println!("skipped: this processor lacks AVX2, BMI, ADX or MOVBE");
+        return;
+    }
+    let seed = setting("EMULATOR_SEED", 1);
+    let mut processor = processor();
+    let mut comparison = Comparison::new(&mut processor, seed);
+    run("64-bit", &mut comparison, seed, |_| {});
+}
+
+#[test]
+fn so_do_they_in_16_and_32_bit_segments() {
+    if !has_what_is_compared() {
+        println!("skipped: this processor lacks AVX2, BMI, ADX or MOVBE");
+        return;
+    }
+    let seed = setting("EMULATOR_SEED", 1);
+    let mut processor = processor();
+    if let Err(error) = segments::install() {
+        println!("skipped: no LDT ({error})");
+        return;
+    }
+    let mut comparison = Comparison::new(&mut processor, seed);
+    run("16- and 32-bit", &mut comparison, seed, |comparison| {
+        let chosen = segments::choose(&mut comparison.random);
+        comparison.special = chosen.special(user_mode(0));
+        comparison.layout = Layout {
+            decoder_options: comparison.layout.decoder_options,
+            ..chosen.layout()
+        };
+        comparison.selectors = Some(chosen.selectors());
+    });
 }

@@ -10,5 +10,6 @@ mod native;
 mod nonsense;
 mod paging;
 mod random;
+mod segments;
 mod speed;
 mod undefined;
