@@ -47,9 +47,16 @@
 //! - No guest state and no guest bytes make it panic.
 //! - No allocation per instruction.
 //!
-//! What it does not do: far transfers, task switches, control- and debug-register moves, MSRs, CPUID, x87, MMX,
-//! SSE arithmetic and AVX-512. These are [`Reason::Unsupported`] or [`Reason::Undecodable`]. It emulates what it knows without looking at the
-//! guest's CPUID. Debug-register breakpoints on data are not looked for.
+//! What it does not do: far transfers, task switches, moves to and from control and debug registers, MSRs, CPUID, RDTSC, x87
+//! and MMX arithmetic, floating-point SSE and AVX, AVX-512. These are [`Reason::Unsupported`] or
+//! [`Reason::Undecodable`]; [`covers`] answers for a mnemonic. It emulates what it knows without looking at the guest's
+//! CPUID. Debug-register breakpoints on data are not looked for. CR4.VME and CR4.PVI virtual interrupts are unsupported.
+//!
+//! A platform without a translation service of its own builds [`Platform::translate`] on [`paging::Paging`].
+//!
+//! Where the folder keeps what: `decode`, `dispatch` (mnemonic to code), `cpu` (the working copy), `memory` (segments,
+//! alignment, pages), `operand`; then by kind of instruction `data`, `arithmetic` and `alu` and `shifts`, `bits`, `string`, `stack`,
+//! `control`, `segment` and `tables`, `vector` and `packed` and `lanes`, `system`, `xsave`.
 
 mod alu;
 mod arithmetic;
@@ -73,13 +80,14 @@ mod string;
 mod system;
 mod tables;
 mod vector;
+mod xsave;
 
 use arch::x86_64::state::{GeneralRegisters, SpecialRegisters};
 use iced_x86::Mnemonic;
 
 pub use error::{EmulationError, Exception, ExceptionKind, Reason, vector as exception_vector};
 pub use platform::{
-    Access, AccessKind, Platform, PlatformError, TranslateFailure, VectorRegisters,
+    Access, AccessKind, Platform, PlatformError, TranslateFailure, VectorRegisters, XsaveComponent,
 };
 
 use cpu::{Cpu, Finish, rflags};

@@ -31,6 +31,10 @@ const NOT_NATIVE: &[(Mnemonic, &str)] = &[
     (Mnemonic::Wrgsbase, "would change GS for the next case"),
     (Mnemonic::Rdsspd, "depends on the kernel's shadow stacks"),
     (Mnemonic::Rdsspq, "depends on the kernel's shadow stacks"),
+    (Mnemonic::Fxsave, "the x87 state is not the test's"),
+    (Mnemonic::Fxsave64, "the x87 state is not the test's"),
+    (Mnemonic::Fxrstor, "the x87 state is not the test's"),
+    (Mnemonic::Fxrstor64, "the x87 state is not the test's"),
     (Mnemonic::Lfs, "needs the kernel's GDT"),
     (Mnemonic::Lgs, "needs the kernel's GDT"),
     (Mnemonic::Lss, "needs the kernel's GDT"),
@@ -223,6 +227,13 @@ fn shape(random: &mut Random, bytes: &mut [u8; 15], long: bool) {
         }
     }
     bytes[..head.len()].copy_from_slice(&head);
+    // XSAVE and its relatives are rare, too: 0F AE /4 to /6, 0F C7 /3 to /5, with a register that is patched.
+    if map == 2 && random.one_in(12) {
+        let at = head.len();
+        let register = 3 + random.byte() % 4;
+        bytes[at] = if random.one_in(2) { 0xae } else { 0xc7 };
+        bytes[at + 1] = register << 3 | [3, 6, 7][random.below(3) as usize];
+    }
     // String instructions are 10 of 256 opcodes; make them more frequent.
     if map == 11 && random.one_in(3) {
         let opcodes = [0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf];
@@ -329,6 +340,11 @@ pub(crate) fn registers(
     if bit_string && let Some(index) = index_of(instruction.op1_register()) {
         gpr[index] = random.below(4096).wrapping_sub(2048);
     }
+    if is_xsave(instruction.mnemonic()) {
+        // SSE and AVX only.
+        gpr[0] = random.below(4) << 1;
+        gpr[2] = 0;
+    }
     if random.one_in(200) {
         return;
     }
@@ -337,6 +353,7 @@ pub(crate) fn registers(
     if !random.one_in(4) {
         let align = match instruction.memory_size().size() {
             size @ (16 | 32) => size as u64,
+            _ if is_xsave(instruction.mnemonic()) => 64,
             _ => 1,
         };
         target &= !(align - 1);
@@ -361,6 +378,12 @@ pub(crate) fn registers(
         (None, Some(index)) => gpr[index] = target.wrapping_sub(displacement) / scale,
         (None, None) => {}
     }
+}
+
+/// XSAVE, XRSTOR and their relatives.
+pub(crate) fn is_xsave(mnemonic: Mnemonic) -> bool {
+    let (first, last) = (Mnemonic::Xrstor as u32, Mnemonic::Xsaves64 as u32);
+    (first..=last).contains(&(mnemonic as u32))
 }
 
 /// The decoder's options for this machine's processor.

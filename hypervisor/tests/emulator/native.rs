@@ -374,11 +374,17 @@ impl Processor {
         }
     }
 
-    /// Makes the last data page read-only, from now on.
-    pub(crate) fn protect_last_page(&mut self) {
+    /// Fills the data pages, the read-only one too.
+    pub(crate) fn fill(&mut self, contents: &[u8]) {
+        self.protect_last_page(libc::PROT_READ | libc::PROT_WRITE);
+        self.data().copy_from_slice(contents);
+        self.protect_last_page(libc::PROT_READ);
+    }
+
+    fn protect_last_page(&mut self, protection: c_int) {
         let page = with_exposed_provenance_mut(DATA as usize + 3 * PAGE);
-        // SAFETY: the page is `set_up`'s; it is only read from now on.
-        assert_eq!(unsafe { libc::mprotect(page, PAGE, libc::PROT_READ) }, 0);
+        // SAFETY: the page is `set_up`'s, and written by `fill` only, while it may be.
+        assert_eq!(unsafe { libc::mprotect(page, PAGE, protection) }, 0);
     }
 
     /// Executes `instruction` with `registers`, which become what it left: in 64-bit mode, or in
