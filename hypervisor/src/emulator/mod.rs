@@ -83,9 +83,9 @@ mod vector;
 mod xsave;
 
 use arch::x86_64::state::{GeneralRegisters, SpecialRegisters};
-use iced_x86::Mnemonic;
 
 pub use error::{EmulationError, Exception, ExceptionKind, Reason, vector as exception_vector};
+pub use iced_x86::Mnemonic;
 pub use platform::{
     Access, AccessKind, Platform, PlatformError, TranslateFailure, VectorRegisters, XsaveComponent,
 };

@@ -9,7 +9,7 @@ use hypervisor::emulator::{
     VectorRegisters, Vendor, XsaveComponent, emulate,
 };
 
-use crate::compare::setting;
+use crate::host::setting;
 use crate::random::Random;
 
 /// A platform that answers anything, and sometimes fails.

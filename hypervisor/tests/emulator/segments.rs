@@ -5,7 +5,7 @@ use std::io;
 use arch::x86_64::state::{Segment, SpecialRegisters};
 
 use crate::generate::Layout;
-use crate::native::{CODE_PAGE, DATA, Selectors};
+use crate::native::{CODE_PAGE, DATA, End, Processor, Registers, Selectors};
 use crate::random::Random;
 
 /// `struct user_desc` of Linux, asm/ldt.h.
@@ -145,13 +145,33 @@ pub(crate) fn install() -> io::Result<()> {
     Ok(())
 }
 
+/// Whether 16- and 32-bit code runs here: a NOP of each does.
+pub(crate) fn work(processor: &mut Processor, registers: &Registers) -> bool {
+    [ldt(0), FLAT_CODE].into_iter().all(|cs| {
+        let selectors = Selectors {
+            cs,
+            ds: FLAT_DATA,
+            es: FLAT_DATA,
+            ss: FLAT_DATA,
+            short: cs != FLAT_CODE,
+        };
+        let mut registers = registers.clone();
+        registers.flags = 0x202;
+        processor.run(&[0x90], &mut registers, Some(selectors)) == End::Next
+    })
+}
+
+/// The selector of an entry of the LDT, for ring 3.
+fn ldt(index: u64) -> u16 {
+    (index << 3 | 7) as u16
+}
+
 /// The segments of one case.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Chosen(Selectors);
 
 /// Picks segments.
 pub(crate) fn choose(random: &mut Random) -> Chosen {
-    let ldt = |index: u64| (index << 3 | 7) as u16;
     let mut pick = |choices: u64, flat_in: u64| {
         if random.one_in(flat_in) {
             FLAT_DATA

@@ -5,8 +5,8 @@ use std::time::Instant;
 use arch::x86_64::state::GeneralRegisters;
 use hypervisor::emulator::{CpuState, Options, Outcome, emulate};
 
-use crate::compare::user_mode;
 use crate::flat::{Flat, Page};
+use crate::host::user_mode;
 
 const BASE: u64 = 0x10_0000;
 
