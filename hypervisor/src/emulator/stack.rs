@@ -3,10 +3,10 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::cpu::rflags::{AC, DF, ID, IF, IOPL, NT, RF, STATUS, TF, VM};
-use super::cpu::{Cpu, SegmentName, access, control, reg};
+use super::cpu::{Cpu, SHADOW_MOV_SS, SHADOW_STI, SegmentName, access, control, reg};
 use super::error::{Step, Stop, general_protection};
 use super::memory::Span;
-use super::operand::{Place, gpr, is_memory, mask, segment_name};
+use super::operand::{Gpr, Place, gpr, is_memory, mask, segment_name};
 use super::platform::AccessKind;
 
 impl Cpu<'_> {
@@ -81,6 +81,9 @@ impl Cpu<'_> {
             None => {
                 let name = segment_name(instruction.op0_register()).ok_or(Stop::Unsupported)?;
                 self.load_segment(name, value as u16)?;
+                if name == SegmentName::Ss {
+                    self.interrupt_shadow = SHADOW_MOV_SS;
+                }
                 self.set_stack_pointer(pointer);
             }
         }
@@ -144,7 +147,7 @@ impl Cpu<'_> {
         }
         if instruction.mnemonic() == Mnemonic::Sti {
             if !self.flag(IF) {
-                self.interrupt_shadow = super::cpu::SHADOW_STI;
+                self.interrupt_shadow = SHADOW_STI;
             }
             self.flags |= IF;
         } else {
@@ -252,7 +255,7 @@ impl Cpu<'_> {
         let value = self.load(&span)?;
         self.set_stack_pointer(pointer.wrapping_add(bytes as u64));
         self.put(
-            &Place::Register(super::operand::Gpr {
+            &Place::Register(Gpr {
                 index: reg::BP,
                 bytes,
                 high: false,

@@ -12,7 +12,7 @@
 
 use iced_x86::{Instruction, Mnemonic};
 
-use super::cpu::{Cpu, control, reg};
+use super::cpu::{Cpu, SegmentName, control, reg};
 use super::error::{Exception, Step, Stop, general_protection, invalid_opcode, vector};
 use super::memory::Span;
 use super::platform::{AccessKind, XsaveComponent};
@@ -237,12 +237,7 @@ impl Cpu<'_> {
         Ok(())
     }
 
-    fn fx_span(
-        &mut self,
-        segment: super::cpu::SegmentName,
-        offset: u64,
-        kind: AccessKind,
-    ) -> Step<Span> {
+    fn fx_span(&mut self, segment: SegmentName, offset: u64, kind: AccessKind) -> Step<Span> {
         self.span_aligned_to(segment, offset, LEGACY_BYTES, 16, kind)
     }
 

@@ -129,6 +129,15 @@ fn segment_registers_load_from_the_gdt() {
     b.complete(&[0x8e, 0xd8]);
     assert_eq!(b.fault(&[0x8b, 0x08]), Exception::with_code(v::GP, 0));
     assert_eq!(b.fault(&[0x8e, 0xd0]), Exception::with_code(v::GP, 0));
+    // LSS casts no interrupt shadow.
+    b.poke(BASE + 0x100, &[0, 0, 0, 0, 0x18, 0]);
+    let gdt = b.state.special.gdt.base;
+    b.poke(gdt + 0x18, &DATA.to_le_bytes());
+    b.state.special.es = b.state.special.ss;
+    b.general().rax = 0x100;
+    b.complete(&[0x26, 0x0f, 0xb2, 0x08]); // lss ecx, es:[eax]
+    assert_eq!(b.state.special.ss.base, 0x1234);
+    assert_eq!(b.state.interrupt_shadow, 0);
     // In 64-bit mode, ring 0 may have a null SS.
     let mut b = Bench::long();
     b.complete(&[0x8e, 0xd0]);
