@@ -56,9 +56,11 @@
 //!
 //! Where the folder keeps what: `decode`, `dispatch` (mnemonic to code), `cpu` (the working copy), `memory` (segments,
 //! alignment, pages), `operand`; then by kind of instruction `data`, `arithmetic` and `alu` and `shifts`, `bits`, `string`, `stack`,
-//! `control`, `segment` and `tables`, `vector` and `packed` and `lanes`, `system`, `xsave`.
+//! `control`, `segment` and `tables`, `vector` and `packed` and `lanes`, `system`, `xsave`. `area` is for platforms: vector
+//! registers from and to an XSAVE area.
 
 mod alu;
+mod area;
 mod arithmetic;
 mod bits;
 mod control;
