@@ -39,8 +39,6 @@ const XMM_LOW: (usize, usize) = (160, 128);
 /// Initial FCW and MXCSR (SDM vol. 1, section 13.6).
 const INITIAL_FCW: u16 = 0x37f;
 const INITIAL_MXCSR: u32 = 0x1f80;
-/// The bits of MXCSR that exist.
-const MXCSR_MASK: u32 = 0xffff;
 
 /// The whole extended state, at least legacy region and header.
 struct Area {
@@ -197,9 +195,7 @@ impl Cpu<'_> {
         self.read_span(&span.part(0, bytes), legacy)?;
         Self::narrow_pointers(instruction, legacy);
         area.get_mut((28, 4))?.copy_from_slice(&mask);
-        if area.mxcsr()? & !MXCSR_MASK != 0 {
-            return general_protection();
-        }
+        self.check_mxcsr(area.mxcsr()?)?;
         area.in_use |= X87 | SSE;
         self.store_area(area)
     }
@@ -400,9 +396,7 @@ impl Cpu<'_> {
         };
         if load_mxcsr {
             let value = self.load(&span.part(MXCSR.0, 4))? as u32;
-            if value & !MXCSR_MASK != 0 {
-                return general_protection();
-            }
+            self.check_mxcsr(value)?;
             area.set_mxcsr(value)?;
         } else if mask & SSE != 0 {
             area.set_mxcsr(INITIAL_MXCSR)?;

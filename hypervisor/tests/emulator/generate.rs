@@ -296,6 +296,13 @@ pub(crate) fn registers(
         registers.flags |= AC;
     }
     registers.mxcsr = 0x1f80 | random.next() as u32 & 0xe07f;
+    if layout.decoder_options & DecoderOptions::AMD != 0
+        && !reads_half(instruction.mnemonic())
+        && random.one_in(8)
+    {
+        // MXCSR.MM: misaligned operands are no fault.
+        registers.mxcsr |= 1 << 17;
+    }
     let gpr = &mut registers.gpr;
     // RSP, RSI and RDI point to data, and RBP for ENTER and LEAVE.
     gpr[4] = data_address(random).wrapping_sub(layout.ss);
@@ -378,6 +385,28 @@ pub(crate) fn registers(
         (None, Some(index)) => gpr[index] = target.wrapping_sub(displacement) / scale,
         (None, None) => {}
     }
+}
+
+/// SSE instructions that use 64 bits of a 128-bit operand. With MXCSR.MM set, AMD processors read no more, over a page's
+/// end; the emulator always reads 128 bits, as the manuals say.
+fn reads_half(mnemonic: Mnemonic) -> bool {
+    matches!(
+        mnemonic,
+        Mnemonic::Punpcklbw
+            | Mnemonic::Punpcklwd
+            | Mnemonic::Punpckldq
+            | Mnemonic::Punpcklqdq
+            | Mnemonic::Unpcklps
+            | Mnemonic::Unpcklpd
+            | Mnemonic::Psllw
+            | Mnemonic::Pslld
+            | Mnemonic::Psllq
+            | Mnemonic::Psrlw
+            | Mnemonic::Psrld
+            | Mnemonic::Psrlq
+            | Mnemonic::Psraw
+            | Mnemonic::Psrad
+    )
 }
 
 /// XSAVE, XRSTOR and their relatives.
