@@ -63,15 +63,10 @@ impl Cpu<'_> {
         let bytes = pushed_bytes(instruction)?;
         let (value, pointer) = self.top(bytes)?;
         if is_memory(instruction, 0) {
-            // An address that uses RSP sees it after the pop; a fault leaves it as it was.
-            let before = self.regs[reg::SP];
+            // An address that uses RSP sees it after the pop.
             self.set_stack_pointer(pointer);
-            let span = self.memory(instruction, bytes, AccessKind::Write);
-            self.regs[reg::SP] = before;
-            let span = span?;
-            self.store(&span, value)?;
-            self.set_stack_pointer(pointer);
-            return Ok(());
+            let span = self.memory(instruction, bytes, AccessKind::Write)?;
+            return self.store(&span, value);
         }
         match gpr(instruction.op0_register()) {
             Some(register) => {

@@ -39,7 +39,6 @@ struct Shape {
     address_bytes: usize,
     source: SegmentName,
     step: u64,
-    repeated: bool,
 }
 
 impl Cpu<'_> {
@@ -59,7 +58,6 @@ impl Cpu<'_> {
             } else {
                 bytes as u64
             },
-            repeated,
         };
         if matches!(op, StringOp::Input | StringOp::Output) {
             let port = self.part(reg::DX, 2) as u16;
@@ -163,7 +161,6 @@ impl Cpu<'_> {
         if destination {
             self.advance(reg::DI, shape);
         }
-        self.progress |= shape.repeated;
         Ok(flags)
     }
 

@@ -318,3 +318,33 @@ fn xsaves_compacts_and_xrstors_expands() {
     b.state.special.cr4 &= !(1 << 18);
     assert_eq!(b.fault(xsaves), Exception::fault(v::UD));
 }
+
+#[test]
+fn xsave_clears_what_is_no_longer_in_use() {
+    let mut b = Bench::long();
+    b.platform.mxcsr_mask = Some(0xffff);
+    let g = b.general();
+    (g.rdi, g.rax, g.rdx) = (BASE + 0x200, 4, 0);
+    // SSE is not asked for, so its bit stays; AVX is, and is all zero.
+    b.poke(BASE + 0x400, &[6]);
+    b.poke(BASE + 0x440, &[0xee; 0x100]);
+    b.complete(&[0x48, 0x0f, 0xae, 0x27]);
+    assert_eq!(b.peek(BASE + 0x400, 8), 2);
+    assert_eq!(b.peek(BASE + 0x440, 8), 0);
+}
+
+#[test]
+fn linear_addresses_wrap_at_4_gib() {
+    let mut b = Bench::protected();
+    b.platform.base = 0xffff_f000;
+    b.platform.pages = vec![Page::ReadWrite];
+    b.state.special.ds.base = 0xffff_ff00;
+    b.state.special.ds.limit = 0xffff;
+    b.general().rax = 0xfe;
+    // mov ecx, [eax]: the second half is at 0.
+    assert_eq!(b.fault(&[0x8b, 0x08]), Exception::page_fault(0, 0));
+    b.general().rax = 0x100;
+    assert_eq!(b.fault(&[0x8a, 0x08]), Exception::page_fault(0, 0));
+    b.general().rax = 0xff;
+    b.complete(&[0x8a, 0x08]);
+}
