@@ -45,7 +45,7 @@
 //!   order in which the processor accesses them, each with segment, alignment and page checks in that order.
 //! - Bounded work: a call executes at most one instruction and [`Options::max_iterations`] of its repetitions.
 //! - No guest state and no guest bytes make it panic.
-//! - No allocation per instruction.
+//! - No allocation per instruction, but for XSAVE and its relatives.
 //!
 //! What it does not do: far transfers, task switches, moves to and from control and debug registers, MSRs, CPUID, RDTSC, x87
 //! and MMX arithmetic, floating-point SSE and AVX, AVX-512. These are [`Reason::Unsupported`] or
@@ -110,13 +110,15 @@ pub struct CpuState {
     pub interrupt_shadow: u8,
 }
 
-/// Whose processor to be where they differ.
+/// Whose processor to be where they differ in what a guest can see. The AMD side is what comparison with one showed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Vendor {
-    /// Near branches in 64-bit mode ignore the operand-size prefix.
+    /// Near branches in 64-bit mode ignore the operand-size prefix; a REP that faults leaves RFLAGS as they were.
     #[default]
     Intel,
-    /// Near branches in 64-bit mode obey the operand-size prefix (APM vol. 3, section 1.2.7).
+    /// Near branches in 64-bit mode obey the operand-size prefix (APM vol. 3, section 1.2.7); a REP that faults leaves
+    /// the flags of its last iteration; MXCSR.MM exists; a prefetch (0F 0D) of a register is #UD; `MOVSXD` to
+    /// 16 bits reads four bytes.
     Amd,
 }
 
