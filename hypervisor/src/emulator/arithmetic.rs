@@ -325,11 +325,14 @@ impl Cpu<'_> {
     pub(super) fn bound(&mut self, instruction: &Instruction) -> Step {
         let index = self.register(instruction, 0)?;
         let bytes = index.bytes;
-        let span = self.memory(instruction, 2 * bytes, AccessKind::Read)?;
-        let pair = self.load(&span)?;
         let value = sign_extend(self.get(index), bytes) as i64;
-        let lower = sign_extend(pair & mask(bytes), bytes) as i64;
-        let upper = sign_extend(pair >> (8 * bytes) & mask(bytes), bytes) as i64;
+        let mut bounds = [0; 2];
+        for (bound, extra) in bounds.iter_mut().zip([0, bytes as u64]) {
+            let (segment, offset) = self.address_plus(instruction, extra)?;
+            let span = self.span(segment, offset, bytes, AccessKind::Read)?;
+            *bound = sign_extend(self.load(&span)?, bytes) as i64;
+        }
+        let [lower, upper] = bounds;
         if value < lower || value > upper {
             return Err(Exception::fault(vector::BR).into());
         }

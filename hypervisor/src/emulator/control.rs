@@ -3,7 +3,7 @@
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpKind};
 
 use super::cpu::rflags::{CF, OF, PF, SF, ZF};
-use super::cpu::{Cpu, Finish, Mode, SegmentName, reg};
+use super::cpu::{Cpu, Finish, Mode, SegmentName, control, reg};
 use super::error::{Exception, ExceptionKind, Step, Stop, general_protection, vector};
 use super::operand::mask;
 use super::platform::AccessKind;
@@ -142,8 +142,7 @@ impl Cpu<'_> {
                 ExceptionKind::PrivilegedSoftwareException { length },
             ),
             _ => {
-                let redirected =
-                    self.virtual_8086() && self.special.cr4 & super::cpu::control::CR4_VME != 0;
+                let redirected = self.virtual_8086() && self.special.cr4 & control::CR4_VME != 0;
                 if redirected {
                     return Err(Stop::Unsupported);
                 }

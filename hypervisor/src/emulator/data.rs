@@ -3,7 +3,7 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
 use super::Vendor;
-use super::cpu::{Cpu, SegmentName, reg, rflags};
+use super::cpu::{Cpu, SHADOW_MOV_SS, SegmentName, reg, rflags};
 use super::error::{Step, Stop, invalid_opcode};
 use super::operand::{gpr, is_memory, mask, segment_name, sign_extend};
 use super::platform::AccessKind;
@@ -13,7 +13,11 @@ impl Cpu<'_> {
     pub(super) fn mov(&mut self, instruction: &Instruction) -> Step {
         if let Some(name) = operand_segment(instruction, 0) {
             let selector = self.read(instruction, 1)? as u16;
-            return self.load_segment(name, selector);
+            self.load_segment(name, selector)?;
+            if name == SegmentName::Ss {
+                self.interrupt_shadow = SHADOW_MOV_SS;
+            }
+            return Ok(());
         }
         if let Some(name) = operand_segment(instruction, 1) {
             let selector = u64::from(self.segment(name).selector);

@@ -156,12 +156,21 @@ impl Cpu<'_> {
         bytes: usize,
         kind: AccessKind,
     ) -> Step<Span> {
+        self.span_aligned_to(name, offset, bytes, bytes as u64, kind)
+    }
+
+    /// As [`Self::span`], for an address that must be a multiple of `alignment`, or #GP(0).
+    pub(super) fn span_aligned_to(
+        &mut self,
+        name: SegmentName,
+        offset: u64,
+        bytes: usize,
+        alignment: u64,
+        kind: AccessKind,
+    ) -> Step<Span> {
         // Before the segment's own checks: where both fail, it is #GP even in SS.
-        if !self
-            .base(name)
-            .wrapping_add(offset)
-            .is_multiple_of(bytes as u64)
-        {
+        let unchecked = self.base(name).wrapping_add(offset);
+        if !unchecked.is_multiple_of(alignment) {
             return general_protection();
         }
         let linear = self.linear(name, offset, bytes as u64, kind)?;

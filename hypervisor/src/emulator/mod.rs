@@ -45,13 +45,22 @@
 //!   order in which the processor accesses them, each with segment, alignment and page checks in that order.
 //! - Bounded work: a call executes at most one instruction and [`Options::max_iterations`] of its repetitions.
 //! - No guest state and no guest bytes make it panic.
-//! - No allocation per instruction.
+//! - No allocation per instruction, but for XSAVE and its relatives.
 //!
-//! What it does not do: far transfers, task switches, control- and debug-register moves, MSRs, CPUID, x87, MMX,
-//! SSE arithmetic and AVX-512. These are [`Reason::Unsupported`] or [`Reason::Undecodable`]. It emulates what it knows without looking at the
-//! guest's CPUID. Debug-register breakpoints on data are not looked for.
+//! What it does not do: far transfers, task switches, moves to and from control and debug registers, MSRs, CPUID, RDTSC, x87
+//! and MMX arithmetic, floating-point SSE and AVX, AVX-512. These are [`Reason::Unsupported`] or
+//! [`Reason::Undecodable`]; [`covers`] answers for a mnemonic. It emulates what it knows without looking at the guest's
+//! CPUID. Debug-register breakpoints on data are not looked for. CR4.VME and CR4.PVI virtual interrupts are unsupported.
+//!
+//! A platform without a translation service of its own builds [`Platform::translate`] on [`paging::Paging`].
+//!
+//! Where the folder keeps what: `decode`, `dispatch` (mnemonic to code), `cpu` (the working copy), `memory` (segments,
+//! alignment, pages), `operand`; then by kind of instruction `data`, `arithmetic` and `alu` and `shifts`, `bits`, `string`, `stack`,
+//! `control`, `segment` and `tables`, `vector` and `packed` and `lanes`, `system`, `xsave`. `area` is for platforms: vector
+//! registers from and to an XSAVE area.
 
 mod alu;
+mod area;
 mod arithmetic;
 mod bits;
 mod control;
@@ -73,13 +82,14 @@ mod string;
 mod system;
 mod tables;
 mod vector;
+mod xsave;
 
 use arch::x86_64::state::{GeneralRegisters, SpecialRegisters};
-use iced_x86::Mnemonic;
 
 pub use error::{EmulationError, Exception, ExceptionKind, Reason, vector as exception_vector};
+pub use iced_x86::Mnemonic;
 pub use platform::{
-    Access, AccessKind, Platform, PlatformError, TranslateFailure, VectorRegisters,
+    Access, AccessKind, Platform, PlatformError, TranslateFailure, VectorRegisters, XsaveComponent,
 };
 
 use cpu::{Cpu, Finish, rflags};
@@ -100,13 +110,15 @@ pub struct CpuState {
     pub interrupt_shadow: u8,
 }
 
-/// Whose processor to be where they differ.
+/// Whose processor to be where they differ in what a guest can see. The AMD side is what comparison with one showed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Vendor {
-    /// Near branches in 64-bit mode ignore the operand-size prefix.
+    /// Near branches in 64-bit mode ignore the operand-size prefix; a REP that faults leaves RFLAGS as they were.
     #[default]
     Intel,
-    /// Near branches in 64-bit mode obey the operand-size prefix (APM vol. 3, section 1.2.7).
+    /// Near branches in 64-bit mode obey the operand-size prefix (APM vol. 3, section 1.2.7); a REP that faults leaves
+    /// the flags of its last iteration; MXCSR.MM exists; a prefetch (0F 0D) of a register is #UD; `MOVSXD` to
+    /// 16 bits reads four bytes.
     Amd,
 }
 

@@ -20,9 +20,10 @@ impl Cpu<'_> {
             return Err(Stop::Unsupported);
         };
         self.check_vectors(encoding)?;
+        let alignment = self.operand_alignment(encoding)?;
         let first = instruction.op_count() - 2;
         let a = self.read_vector(instruction, first, bytes, Alignment::Free)?;
-        let b = self.read_vector(instruction, first + 1, bytes, encoding.alignment())?;
+        let b = self.read_vector(instruction, first + 1, bytes, alignment)?;
         let lanes = [
             operation(a[0], b[0]),
             if bytes == 32 {
@@ -63,11 +64,12 @@ impl Cpu<'_> {
             return Err(Stop::Unsupported);
         };
         self.check_vectors(encoding)?;
+        let alignment = self.operand_alignment(encoding)?;
         let mut a = self.get_vector(first)?;
         if bytes == 16 {
             a[1] = 0;
         }
-        let b = self.read_vector(instruction, 1, bytes, encoding.alignment())?;
+        let b = self.read_vector(instruction, 1, bytes, alignment)?;
         let zero = a[0] & b[0] == 0 && a[1] & b[1] == 0;
         let carry = !a[0] & b[0] == 0 && !a[1] & b[1] == 0;
         self.set_status(if zero { ZF } else { 0 } | if carry { CF } else { 0 });
@@ -85,8 +87,9 @@ impl Cpu<'_> {
             return Err(Stop::Unsupported);
         };
         self.check_vectors(encoding)?;
+        let alignment = self.operand_alignment(encoding)?;
         let order = instruction.immediate8();
-        let lanes = self.read_vector(instruction, 1, bytes, encoding.alignment())?;
+        let lanes = self.read_vector(instruction, 1, bytes, alignment)?;
         let shuffled = lanes.map(|lane| operation(lane, order));
         self.set_vector(to, shuffled, encoding)
     }
@@ -102,10 +105,11 @@ impl Cpu<'_> {
             return Err(Stop::Unsupported);
         };
         self.check_vectors(encoding)?;
+        let alignment = self.operand_alignment(encoding)?;
         let immediate = instruction.immediate8();
         let first = instruction.op_count() - 3;
         let a = self.read_vector(instruction, first, bytes, Alignment::Free)?;
-        let b = self.read_vector(instruction, first + 1, bytes, encoding.alignment())?;
+        let b = self.read_vector(instruction, first + 1, bytes, alignment)?;
         let upper = if bytes == 32 {
             operation(a[1], b[1], immediate)
         } else {
@@ -126,11 +130,12 @@ impl Cpu<'_> {
             return Err(Stop::Unsupported);
         };
         self.check_vectors(encoding)?;
+        let alignment = self.operand_alignment(encoding)?;
         let last = instruction.op_count() - 1;
         let count = if instruction.op_kind(last) == OpKind::Immediate8 {
             u64::from(instruction.immediate8())
         } else {
-            self.read_vector(instruction, last, 16, encoding.alignment())?[0] as u64
+            self.read_vector(instruction, last, 16, alignment)?[0] as u64
         };
         let lanes = self.read_vector(instruction, last - 1, bytes, Alignment::Free)?;
         let shifted = lanes.map(|lane| operation(lane, count, direction));

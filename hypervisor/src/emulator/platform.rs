@@ -51,13 +51,26 @@ pub struct VectorRegisters {
     pub zero_above: u16,
 }
 
+/// Where the XSAVE area holds a component of the extended state (CPUID 0DH, sub-leaf of its number; SDM vol. 1, section
+/// 13.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct XsaveComponent {
+    /// Offset in the standard format, in bytes (EBX).
+    pub offset: u32,
+    /// Size in bytes (EAX).
+    pub bytes: u32,
+    /// Aligned to 64 bytes in the compacted format (ECX bit 1).
+    pub aligned: bool,
+}
+
 /// Memory, ports, translations and vector registers of the vCPU whose instruction is emulated.
 ///
 /// Every method may fail with an error of the platform's own; the emulation then ends with it and leaves
 /// the registers alone. `read`, `write` and `compare_exchange` get guest physical addresses of RAM and of
 /// devices alike (the routing is the platform's), need not be aligned, and never cross a 4 KiB page.
 /// One access of the instruction is one call, unless it crosses a page: an 8-byte store to
-/// a device arrives as one 8-byte write. The widest access is 32 bytes (AVX, PUSHA).
+/// a device arrives as one 8-byte write. The widest access is 32 bytes
+/// (AVX), but for XSAVE and its relatives, which move parts of a page as one.
 pub trait Platform {
     /// Translates the linear address `gva`, checking that `access` is allowed. It sets accessed and
     /// dirty bits as the processor would. Answers are reused for other addresses of the same 4 KiB page,
@@ -96,4 +109,25 @@ pub trait Platform {
 
     /// XCR0, asked for by VEX instructions only (AVX needs bits 2:1 set). 0 on a vCPU without XSAVE.
     fn xcr0(&mut self) -> Result<u64, PlatformError>;
+
+    /// The whole extended state, as an XSAVE area in the standard format (SDM vol. 1, section 13.4.2). `None`, the default,
+    /// makes FXSAVE, XSAVE and their relatives unsupported.
+    fn xsave_area(&mut self) -> Result<Option<Vec<u8>>, PlatformError> {
+        Ok(None)
+    }
+
+    /// Replaces the extended state. `area` is what [`Self::xsave_area`] gave, with changes.
+    fn set_xsave_area(&mut self, _area: &[u8]) -> Result<(), PlatformError> {
+        Err("this vCPU does not offer its extended state".into())
+    }
+
+    /// The layout of component `index` (2 to 62), if the vCPU has it.
+    fn xsave_component(&mut self, _index: u32) -> Option<XsaveComponent> {
+        None
+    }
+
+    /// IA32_XSS, asked for by XSAVES and XRSTORS. Supervisor components are not supported.
+    fn xss(&mut self) -> Result<u64, PlatformError> {
+        Ok(0)
+    }
 }

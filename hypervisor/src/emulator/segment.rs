@@ -2,7 +2,7 @@
 
 use arch::x86_64::state::Segment;
 
-use super::cpu::{Cpu, SHADOW_MOV_SS, SegmentName, access};
+use super::cpu::{Cpu, SegmentName, access};
 use super::error::{Exception, Step, Stop, general_protection, invalid_opcode, vector};
 use super::platform::AccessKind;
 
@@ -38,9 +38,6 @@ impl Cpu<'_> {
         } else {
             self.described_segment(name, selector)?
         };
-        if name == SegmentName::Ss {
-            self.interrupt_shadow = SHADOW_MOV_SS;
-        }
         self.segment_load = Some((name, segment));
         Ok(())
     }

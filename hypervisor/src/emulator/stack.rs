@@ -3,10 +3,10 @@
 use iced_x86::{Code, Instruction, Mnemonic, OpKind};
 
 use super::cpu::rflags::{AC, DF, ID, IF, IOPL, NT, RF, STATUS, TF, VM};
-use super::cpu::{Cpu, SegmentName, access, control, reg};
+use super::cpu::{Cpu, SHADOW_MOV_SS, SHADOW_STI, SegmentName, access, control, reg};
 use super::error::{Step, Stop, general_protection};
 use super::memory::Span;
-use super::operand::{Place, gpr, is_memory, mask, segment_name};
+use super::operand::{Gpr, Place, gpr, is_memory, mask, segment_name};
 use super::platform::AccessKind;
 
 impl Cpu<'_> {
@@ -63,15 +63,10 @@ impl Cpu<'_> {
         let bytes = pushed_bytes(instruction)?;
         let (value, pointer) = self.top(bytes)?;
         if is_memory(instruction, 0) {
-            // An address that uses RSP sees it after the pop; a fault leaves it as it was.
-            let before = self.regs[reg::SP];
+            // An address that uses RSP sees it after the pop.
             self.set_stack_pointer(pointer);
-            let span = self.memory(instruction, bytes, AccessKind::Write);
-            self.regs[reg::SP] = before;
-            let span = span?;
-            self.store(&span, value)?;
-            self.set_stack_pointer(pointer);
-            return Ok(());
+            let span = self.memory(instruction, bytes, AccessKind::Write)?;
+            return self.store(&span, value);
         }
         match gpr(instruction.op0_register()) {
             Some(register) => {
@@ -81,6 +76,9 @@ impl Cpu<'_> {
             None => {
                 let name = segment_name(instruction.op0_register()).ok_or(Stop::Unsupported)?;
                 self.load_segment(name, value as u16)?;
+                if name == SegmentName::Ss {
+                    self.interrupt_shadow = SHADOW_MOV_SS;
+                }
                 self.set_stack_pointer(pointer);
             }
         }
@@ -144,7 +142,7 @@ impl Cpu<'_> {
         }
         if instruction.mnemonic() == Mnemonic::Sti {
             if !self.flag(IF) {
-                self.interrupt_shadow = super::cpu::SHADOW_STI;
+                self.interrupt_shadow = SHADOW_STI;
             }
             self.flags |= IF;
         } else {
@@ -153,50 +151,43 @@ impl Cpu<'_> {
         Ok(())
     }
 
-    /// PUSHA.
+    /// PUSHA: eight pushes, all checked before the first is written.
     pub(super) fn push_all(&mut self, instruction: &Instruction) -> Step {
         let bytes = if instruction.code() == Code::Pushad {
             4
         } else {
             2
         };
-        let total = 8 * bytes;
-        let pointer = self.stack_pointer().wrapping_sub(total as u64) & mask(self.stack_bytes());
-        let span = self.span_of(SegmentName::Ss, pointer, total, bytes, AccessKind::Write)?;
-        let mut data = [0; 32];
-        for (slot, index) in data.chunks_exact_mut(bytes).zip((0..8).rev()) {
-            let value = self.part(index, bytes).to_le_bytes();
-            for (to, from) in slot.iter_mut().zip(value) {
-                *to = from;
-            }
+        let mut pointer = self.stack_pointer();
+        let mut spans = [None; 8];
+        for span in &mut spans {
+            pointer = pointer.wrapping_sub(bytes as u64) & mask(self.stack_bytes());
+            *span = Some(self.span(SegmentName::Ss, pointer, bytes, AccessKind::Write)?);
         }
-        self.write_span(&span, &data)?;
+        for (index, span) in spans.iter().flatten().enumerate() {
+            self.store(span, self.part(index, bytes))?;
+        }
         self.set_stack_pointer(pointer);
         Ok(())
     }
 
-    /// POPA.
+    /// POPA. What it finds for SP is skipped.
     pub(super) fn pop_all(&mut self, instruction: &Instruction) -> Step {
         let bytes = if instruction.code() == Code::Popad {
             4
         } else {
             2
         };
-        let pointer = self.stack_pointer();
-        let span = self.span_of(SegmentName::Ss, pointer, 8 * bytes, bytes, AccessKind::Read)?;
-        let mut data = [0; 32];
-        self.read_span(&span, &mut data)?;
-        self.set_stack_pointer(pointer.wrapping_add(8 * bytes as u64));
-        for (slot, index) in data.chunks_exact(bytes).zip((0..8).rev()) {
-            if index == reg::SP {
-                continue;
+        let mut pointer = self.stack_pointer();
+        for index in (0..8).rev() {
+            let span = self.span(SegmentName::Ss, pointer, bytes, AccessKind::Read)?;
+            let value = self.load(&span)?;
+            pointer = pointer.wrapping_add(bytes as u64) & mask(self.stack_bytes());
+            if index != reg::SP {
+                self.set_part(index, bytes, value);
             }
-            let mut value = [0; 8];
-            for (to, from) in value.iter_mut().zip(slot) {
-                *to = *from;
-            }
-            self.set_part(index, bytes, u64::from_le_bytes(value));
         }
+        self.set_stack_pointer(pointer);
         Ok(())
     }
 
@@ -259,7 +250,7 @@ impl Cpu<'_> {
         let value = self.load(&span)?;
         self.set_stack_pointer(pointer.wrapping_add(bytes as u64));
         self.put(
-            &Place::Register(super::operand::Gpr {
+            &Place::Register(Gpr {
                 index: reg::BP,
                 bytes,
                 high: false,

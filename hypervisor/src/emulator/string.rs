@@ -14,6 +14,7 @@ use super::alu;
 use super::cpu::rflags::{DF, TF, ZF};
 use super::cpu::{Cpu, Finish, SegmentName, reg};
 use super::error::{Step, Stop};
+use super::memory::Span;
 use super::operand::mask;
 use super::platform::AccessKind;
 
@@ -38,7 +39,6 @@ struct Shape {
     address_bytes: usize,
     source: SegmentName,
     step: u64,
-    repeated: bool,
 }
 
 impl Cpu<'_> {
@@ -58,7 +58,6 @@ impl Cpu<'_> {
             } else {
                 bytes as u64
             },
-            repeated,
         };
         if matches!(op, StringOp::Input | StringOp::Output) {
             let port = self.part(reg::DX, 2) as u16;
@@ -162,7 +161,6 @@ impl Cpu<'_> {
         if destination {
             self.advance(reg::DI, shape);
         }
-        self.progress |= shape.repeated;
         Ok(flags)
     }
 
@@ -171,12 +169,12 @@ impl Cpu<'_> {
         self.set_part(index, shape.address_bytes, value);
     }
 
-    fn source(&mut self, shape: &Shape) -> Step<super::memory::Span> {
+    fn source(&mut self, shape: &Shape) -> Step<Span> {
         let offset = self.part(reg::SI, shape.address_bytes);
         self.span(shape.source, offset, shape.bytes, AccessKind::Read)
     }
 
-    fn destination(&mut self, shape: &Shape, kind: AccessKind) -> Step<super::memory::Span> {
+    fn destination(&mut self, shape: &Shape, kind: AccessKind) -> Step<Span> {
         let offset = self.part(reg::DI, shape.address_bytes);
         self.span(SegmentName::Es, offset, shape.bytes, kind)
     }

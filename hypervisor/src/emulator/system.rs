@@ -2,12 +2,15 @@
 
 use iced_x86::Instruction;
 
+use super::Vendor;
 use super::cpu::{Cpu, control};
 use super::error::{Exception, Step, general_protection, invalid_opcode, vector};
 use super::vector::Encoding;
 
-/// The bits of MXCSR that exist (SDM vol. 1, section 10.2.3).
-const MXCSR_MASK: u64 = 0xffff;
+/// The bits of MXCSR that every processor has (SDM vol. 1, section 10.2.3).
+const MXCSR_COMMON: u32 = 0xffff;
+/// MXCSR.MM, which only AMD processors have: the misaligned exception mask.
+pub(super) const MXCSR_MM: u32 = 1 << 17;
 /// XCR0 with both SSE and AVX state (SDM vol. 1, section 13.3).
 const XCR0_AVX: u64 = 3 << 1;
 
@@ -44,10 +47,20 @@ impl Cpu<'_> {
     pub(super) fn load_mxcsr(&mut self, instruction: &Instruction, encoding: Encoding) -> Step {
         self.check_vectors(encoding)?;
         let value = self.read(instruction, 0)?;
-        if value & !MXCSR_MASK != 0 {
+        self.check_mxcsr(value as u32)?;
+        self.vectors_mut()?.mxcsr = value as u32;
+        Ok(())
+    }
+
+    /// #GP(0) if a value has bits that do not exist.
+    pub(super) fn check_mxcsr(&self, value: u32) -> Step {
+        let existing = match self.options.vendor {
+            Vendor::Intel => MXCSR_COMMON,
+            Vendor::Amd => MXCSR_COMMON | MXCSR_MM,
+        };
+        if value & !existing != 0 {
             return general_protection();
         }
-        self.vectors_mut()?.mxcsr = value as u32;
         Ok(())
     }
 

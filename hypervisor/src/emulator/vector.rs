@@ -2,11 +2,13 @@
 
 use iced_x86::{Instruction, OpKind, Register};
 
+use super::Vendor;
 use super::cpu::{Cpu, reg};
 use super::error::{Step, Stop};
 use super::memory::Span;
 use super::operand::{gpr, is_memory, mask};
 use super::platform::AccessKind;
+use super::system::MXCSR_MM;
 
 /// How an instruction is encoded, which decides what becomes of a register's upper half.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,16 +17,6 @@ pub(super) enum Encoding {
     Legacy,
     /// AVX: bits above the operand become zero.
     Vex,
-}
-
-impl Encoding {
-    /// What a memory operand of an operation (not a move) must be.
-    pub(super) fn alignment(self) -> Alignment {
-        match self {
-            Self::Legacy => Alignment::Required,
-            Self::Vex => Alignment::Free,
-        }
-    }
 }
 
 /// Whether a 16- or 32-byte memory operand must be aligned.
@@ -91,6 +83,20 @@ impl Cpu<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a memory operand of an operation (not a move) must be aligned. On AMD processors MXCSR.MM lifts the demand
+    /// (APM vol. 2, section 4.2.2).
+    pub(super) fn operand_alignment(&mut self, encoding: Encoding) -> Step<Alignment> {
+        if encoding == Encoding::Vex {
+            return Ok(Alignment::Free);
+        }
+        let lifted = self.options.vendor == Vendor::Amd && self.vectors()?.mxcsr & MXCSR_MM != 0;
+        Ok(if lifted {
+            Alignment::Free
+        } else {
+            Alignment::Required
+        })
     }
 
     fn vector_span(

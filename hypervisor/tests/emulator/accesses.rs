@@ -254,3 +254,97 @@ fn a_platform_failure_leaves_the_registers() {
     );
     assert_eq!(b.state, before);
 }
+
+#[test]
+fn fxsave_and_fxrstor_move_sse_state() {
+    let mut b = Bench::long();
+    b.general().rax = BASE + 0x200;
+    let fxsave: &[u8] = &[0x48, 0x0f, 0xae, 0x00];
+    let fxrstor: &[u8] = &[0x48, 0x0f, 0xae, 0x08];
+    // Only where the platform offers the state.
+    let refused = hypervisor::emulator::emulate(&mut b.platform, &mut b.state, fxsave, &b.options);
+    assert!(refused.is_err());
+    b.platform.mxcsr_mask = Some(0xffff);
+    b.platform.vectors.xmm[3] = 0x1122_3344;
+    b.complete(fxsave);
+    assert_eq!(b.peek(BASE + 0x200, 2), 0x37f);
+    assert_eq!(b.peek(BASE + 0x218, 8), 0xffff_0000_1f80);
+    assert_eq!(b.peek(BASE + 0x200 + 160 + 48, 8), 0x1122_3344);
+    b.poke(BASE + 0x200 + 160, &[0x77]);
+    b.complete(fxrstor);
+    assert_eq!(b.platform.vectors.xmm[0], 0x77);
+    b.poke(BASE + 0x21a, &[1]); // a bit of MXCSR that does not exist
+    assert_eq!(b.fault(fxrstor), Exception::with_code(v::GP, 0));
+    b.general().rax += 8;
+    assert_eq!(b.fault(fxsave), Exception::with_code(v::GP, 0));
+    b.state.special.cr0 |= 1 << 3;
+    assert_eq!(b.fault(fxsave), Exception::fault(v::NM));
+}
+
+#[test]
+fn xsaves_compacts_and_xrstors_expands() {
+    let mut b = Bench::long();
+    b.platform.mxcsr_mask = Some(0xffff);
+    b.platform.vectors.upper = Some([5; 16]);
+    let g = b.general();
+    (g.rdi, g.rax, g.rdx) = (BASE + 0x200, u64::MAX, u64::MAX);
+    let xsaves: &[u8] = &[0x48, 0x0f, 0xc7, 0x2f];
+    let xrstors: &[u8] = &[0x48, 0x0f, 0xc7, 0x1f];
+    b.poke(BASE + 0x200, &[0xee; 0x200]);
+    b.complete(xsaves);
+    // AVX only: x87 and SSE are in their initial state, and not written.
+    assert_eq!(b.peek(BASE + 0x400, 8), 4);
+    assert_eq!(b.peek(BASE + 0x408, 8), 1 << 63 | 7);
+    assert_eq!(b.peek(BASE + 0x440, 8), 5);
+    assert_eq!(b.peek(BASE + 0x200, 8), 0xeeee_eeee_eeee_eeee);
+    let saved = b.platform.vectors.clone();
+    b.platform.vectors.xmm[1] = 9;
+    b.platform.vectors.upper = Some([6; 16]);
+    b.complete(xrstors);
+    assert_eq!(b.platform.vectors, saved);
+    // XRSTORS takes only the compacted format, XRSTOR both; reserved bits are #GP.
+    b.poke(BASE + 0x40f, &[0]);
+    assert_eq!(b.fault(xrstors), Exception::with_code(v::GP, 0));
+    b.poke(BASE + 0x408, &[0])
+        .poke(BASE + 0x218, &[0x80, 0x1f, 0, 0]);
+    b.complete(&[0x48, 0x0f, 0xae, 0x2f]);
+    b.poke(BASE + 0x400, &[8]);
+    assert_eq!(
+        b.fault(&[0x48, 0x0f, 0xae, 0x2f]),
+        Exception::with_code(v::GP, 0)
+    );
+    b.state.special.ss.access |= 0x60;
+    assert_eq!(b.fault(xsaves), Exception::with_code(v::GP, 0));
+    b.state.special.cr4 &= !(1 << 18);
+    assert_eq!(b.fault(xsaves), Exception::fault(v::UD));
+}
+
+#[test]
+fn xsave_clears_what_is_no_longer_in_use() {
+    let mut b = Bench::long();
+    b.platform.mxcsr_mask = Some(0xffff);
+    let g = b.general();
+    (g.rdi, g.rax, g.rdx) = (BASE + 0x200, 4, 0);
+    // SSE is not asked for, so its bit stays; AVX is, and is all zero.
+    b.poke(BASE + 0x400, &[6]);
+    b.poke(BASE + 0x440, &[0xee; 0x100]);
+    b.complete(&[0x48, 0x0f, 0xae, 0x27]);
+    assert_eq!(b.peek(BASE + 0x400, 8), 2);
+    assert_eq!(b.peek(BASE + 0x440, 8), 0);
+}
+
+#[test]
+fn linear_addresses_wrap_at_4_gib() {
+    let mut b = Bench::protected();
+    b.platform.base = 0xffff_f000;
+    b.platform.pages = vec![Page::ReadWrite];
+    b.state.special.ds.base = 0xffff_ff00;
+    b.state.special.ds.limit = 0xffff;
+    b.general().rax = 0xfe;
+    // mov ecx, [eax]: the second half is at 0.
+    assert_eq!(b.fault(&[0x8b, 0x08]), Exception::page_fault(0, 0));
+    b.general().rax = 0x100;
+    assert_eq!(b.fault(&[0x8a, 0x08]), Exception::page_fault(0, 0));
+    b.general().rax = 0xff;
+    b.complete(&[0x8a, 0x08]);
+}

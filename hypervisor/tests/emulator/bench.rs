@@ -3,8 +3,8 @@
 use arch::x86_64::state::{DescriptorTable, GeneralRegisters, Segment, SpecialRegisters};
 use hypervisor::emulator::{CpuState, Exception, Options, Outcome, emulate};
 
-use crate::compare::user_mode;
 use crate::flat::{Flat, Page, Seen};
+use crate::host::user_mode;
 
 /// Where the pages are: linear and physical.
 pub(crate) const BASE: u64 = 0x1_0000;

@@ -2,17 +2,22 @@
 //!
 //! `EMULATOR_CASES` sets how many (default 300,000), `EMULATOR_SEED` where to start. A failure prints both.
 
-use arch::x86_64::state::{DescriptorTable, GeneralRegisters, Segment, SpecialRegisters};
-use hypervisor::emulator::{
-    CpuState, ExceptionKind, Options, Outcome, VectorRegisters, Vendor, emulate,
-};
+use arch::x86_64::state::SpecialRegisters;
+use hypervisor::emulator::{CpuState, ExceptionKind, Options, Outcome, Vendor, emulate};
 
-use iced_x86::Mnemonic;
+use iced_x86::{Mnemonic, Register};
 
 use crate::flat::{Flat, Page};
-use crate::generate::{self, Case};
-use crate::native::{CODE, DATA, EXIT_BYTES, End, Processor, Registers, processor};
+use crate::generate::{self, Case, Layout};
+use crate::host::{
+    from_state, general, has_what_is_compared, is_amd, mxcsr_mask, setting, to_vectors, user_mode,
+    xcr0,
+};
+use crate::native::{
+    CODE, DATA, EXIT_BYTES, End, Processor, Registers, Selectors, TRAMPOLINE, processor,
+};
 use crate::random::Random;
+use crate::segments;
 use crate::undefined::{undefined_flags, undefined_result};
 
 /// Instructions that this processor or its kernel may not have. #UD is no difference then.
@@ -21,152 +26,13 @@ const MAY_LACK: &[Mnemonic] = &[
     Mnemonic::Clflushopt,
     Mnemonic::Clwb,
     Mnemonic::Rdgsbase,
+    Mnemonic::Xsavec,
+    Mnemonic::Xsavec64,
+    Mnemonic::Xsaveopt,
+    Mnemonic::Xsaveopt64,
 ];
 
 const RF: u64 = 1 << 16;
-
-pub(crate) fn setting(name: &str, default: u64) -> u64 {
-    std::env::var(name)
-        .ok()
-        .and_then(|value| value.replace('_', "").parse().ok())
-        .unwrap_or(default)
-}
-
-fn is_amd() -> bool {
-    let leaf = std::arch::x86_64::__cpuid(0);
-    leaf.ebx == u32::from_le_bytes(*b"Auth")
-}
-
-/// Whether the processor has every instruction set that the emulator covers.
-fn has_what_is_compared() -> bool {
-    use std::arch::is_x86_feature_detected as has;
-    has!("avx2")
-        && has!("sse4.2")
-        && has!("popcnt")
-        && has!("lzcnt")
-        && has!("bmi1")
-        && has!("bmi2")
-        && has!("adx")
-        && has!("movbe")
-        && has!("cmpxchg16b")
-}
-
-/// The processor's XCR0: VEX instructions ask for it.
-fn xcr0() -> u64 {
-    let (low, high): (u32, u32);
-    // SAFETY: XGETBV of register 0 reads; a processor without it has no AVX, which these tests need anyway.
-    unsafe {
-        std::arch::asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high, options(nomem, nostack));
-    }
-    u64::from(high) << 32 | u64::from(low)
-}
-
-/// The state that Linux gives a 64-bit process.
-pub(crate) fn user_mode(gs_base: u64) -> SpecialRegisters {
-    let flat = |selector: u16, access: u32| Segment {
-        selector,
-        base: 0,
-        limit: u32::MAX,
-        access,
-    };
-    let null = Segment {
-        access: 1 << 16,
-        ..Segment::default()
-    };
-    SpecialRegisters {
-        cs: flat(0x33, 0xa0fb),
-        ss: flat(0x2b, 0xc0f3),
-        ds: null,
-        es: null,
-        fs: null,
-        gs: Segment {
-            base: gs_base,
-            ..null
-        },
-        gdt: DescriptorTable::default(),
-        // PE, MP, ET, NE, WP, AM, PG.
-        cr0: 0x8005_0033,
-        // PAE, OSFXSR, OSXMMEXCPT, FSGSBASE, OSXSAVE.
-        cr4: 0x5_0620,
-        // LME, LMA, NXE, SCE.
-        efer: 0xd01,
-        ..SpecialRegisters::default()
-    }
-}
-
-pub(crate) fn general(registers: &Registers, rip: u64) -> GeneralRegisters {
-    let [
-        rax,
-        rcx,
-        rdx,
-        rbx,
-        rsp,
-        rbp,
-        rsi,
-        rdi,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-    ] = registers.gpr;
-    GeneralRegisters {
-        rax,
-        rbx,
-        rcx,
-        rdx,
-        rsp,
-        rbp,
-        rsi,
-        rdi,
-        r8,
-        r9,
-        r10,
-        r11,
-        r12,
-        r13,
-        r14,
-        r15,
-        rip,
-        rflags: registers.flags,
-    }
-}
-
-fn to_vectors(registers: &Registers) -> VectorRegisters {
-    let mut vectors = VectorRegisters {
-        mxcsr: registers.mxcsr,
-        ..VectorRegisters::default()
-    };
-    let mut upper = [0; 16];
-    for (index, ymm) in registers.ymm.iter().enumerate() {
-        vectors.xmm[index] = u128::from_le_bytes(ymm[..16].try_into().expect("16 bytes"));
-        upper[index] = u128::from_le_bytes(ymm[16..].try_into().expect("16 bytes"));
-    }
-    vectors.upper = Some(upper);
-    vectors
-}
-
-fn from_state(state: &CpuState, vectors: &VectorRegisters) -> Registers {
-    let g = &state.general;
-    let mut ymm = [[0; 32]; 16];
-    for (index, register) in ymm.iter_mut().enumerate() {
-        register[..16].copy_from_slice(&vectors.xmm[index].to_le_bytes());
-        let upper = vectors.upper.map_or(0, |upper| upper[index]);
-        register[16..].copy_from_slice(&upper.to_le_bytes());
-    }
-    Registers {
-        ymm,
-        gpr: [
-            g.rax, g.rcx, g.rdx, g.rbx, g.rsp, g.rbp, g.rsi, g.rdi, g.r8, g.r9, g.r10, g.r11,
-            g.r12, g.r13, g.r14, g.r15,
-        ],
-        flags: g.rflags,
-        mxcsr: vectors.mxcsr,
-    }
-}
 
 /// How an instruction ended, as both sides can tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,9 +57,10 @@ struct Comparison<'a> {
     processor: &'a mut Processor,
     platform: Flat,
     special: SpecialRegisters,
+    layout: Layout,
+    selectors: Option<Selectors>,
     options: Options,
     random: Random,
-    decoder_options: u32,
     registers: Registers,
 }
 
@@ -214,10 +81,8 @@ impl<'a> Comparison<'a> {
         );
         random.fill(&mut platform.memory);
         platform.xcr0 = xcr0();
-        processor
-            .data()
-            .copy_from_slice(&platform.memory[4096..4 * 4096]);
-        processor.protect_last_page();
+        platform.mxcsr_mask = Some(mxcsr_mask());
+        processor.fill(&platform.memory[4096..4 * 4096]);
         let amd = is_amd();
         Self {
             special: user_mode(gs_base),
@@ -228,7 +93,16 @@ impl<'a> Comparison<'a> {
                 max_iterations: 100_000,
                 ..Options::default()
             },
-            decoder_options: generate::decoder_options(amd),
+            layout: Layout {
+                bits: 64,
+                cs: 0,
+                ds: 0,
+                es: 0,
+                ss: 0,
+                gs: gs_base,
+                decoder_options: generate::decoder_options(amd),
+            },
+            selectors: None,
             random,
             registers: Registers {
                 ymm: [[0; 32]; 16],
@@ -241,9 +115,8 @@ impl<'a> Comparison<'a> {
 
     /// One random instruction.
     fn step(&mut self) -> Option<(Case, Verdict)> {
-        let case = generate::instruction(&mut self.random, self.decoder_options)?;
-        let gs_base = self.processor.gs_base;
-        generate::registers(&mut self.random, &case, gs_base, &mut self.registers);
+        let case = generate::instruction(&mut self.random, &self.layout)?;
+        generate::registers(&mut self.random, &case, &self.layout, &mut self.registers);
         self.freshen();
         let verdict = self.compare(&case);
         Some((case, verdict))
@@ -261,28 +134,76 @@ impl<'a> Comparison<'a> {
         self.processor.data()[at - 4096..at - 4096 + 64].copy_from_slice(&bytes);
     }
 
+    /// A plausible header where XSAVE will write or XRSTOR will read, on both sides.
+    fn prepare_xsave(&mut self, case: &Case, registers: &Registers) {
+        let base = case.instruction.memory_base() as usize;
+        let first = [Register::EAX, Register::RAX, Register::AX];
+        let index = first
+            .iter()
+            .map(|register| base.wrapping_sub(*register as usize))
+            .find(|index| *index < 16);
+        let Some(index) = index else {
+            return;
+        };
+        let segment = self.layout.ds;
+        let at = registers.gpr[index]
+            .wrapping_add(segment)
+            .wrapping_sub(DATA) as usize;
+        if !at.is_multiple_of(64) || !(4096..2 * 4096 + 1024).contains(&at) {
+            return;
+        }
+        let compacted = self.random.one_in(2);
+        let stored = self.random.below(4) << 1;
+        let mut header = [0; 64];
+        header[..8].copy_from_slice(&stored.to_le_bytes());
+        if compacted {
+            let format = stored | self.random.below(4) << 1 | 1 << 63;
+            header[8..16].copy_from_slice(&format.to_le_bytes());
+        }
+        if self.random.one_in(8) {
+            header[self.random.below(32) as usize] ^= 1;
+        }
+        let mxcsr = self.random.next() as u32
+            & if self.random.one_in(8) {
+                0x1_ffff
+            } else {
+                0xffff
+            };
+        for (offset, bytes) in [(24, &mxcsr.to_le_bytes()[..]), (512, &header)] {
+            let to = at + offset;
+            self.platform.memory[to..to + bytes.len()].copy_from_slice(bytes);
+            self.processor.data()[to - 4096..to - 4096 + bytes.len()].copy_from_slice(bytes);
+        }
+    }
+
     fn compare(&mut self, case: &Case) -> Verdict {
         let before = self.registers.clone();
+        let start = self.layout.rip();
         let cl = before.gpr[1] as u8;
         if undefined_result(&case.instruction, cl) {
             return Verdict::Skipped;
         }
         let mut state = CpuState {
-            general: general(&before, CODE),
+            general: general(&before, start),
             special: self.special,
             interrupt_shadow: 0,
         };
         self.platform.vectors = to_vectors(&before);
         self.platform.outside = false;
+        if generate::is_xsave(case.instruction.mnemonic()) {
+            self.prepare_xsave(case, &before);
+        }
         let backup = self.platform.memory.clone();
         let result = emulate(&mut self.platform, &mut state, &case.bytes, &self.options);
-        let next = CODE + case.bytes.len() as u64;
-        let stub = CODE..next + EXIT_BYTES;
+        let next = start + case.bytes.len() as u64;
+        let stub = start..next + EXIT_BYTES;
         let rip = state.general.rip;
         let trapping = state.general.rflags & 1 << 8 != 0;
         // The kernel answers calls into this page (vsyscall) itself.
         let vsyscall = rip >> 12 == 0xf_ffff_ffff_f600;
-        let into_stub = rip != next && rip != CODE && stub.contains(&rip);
+        let trampoline = TRAMPOLINE - self.layout.cs;
+        let into_stub = rip != next && rip != start && stub.contains(&rip)
+            || (trampoline..trampoline + 16).contains(&rip);
         let outcome = match result {
             Ok(outcome) if !self.platform.outside && !trapping && !into_stub && !vsyscall => {
                 outcome
@@ -305,30 +226,55 @@ impl<'a> Comparison<'a> {
             other => return Verdict::Different(format!("unexpected outcome {other:?}")),
         };
         let emulated = from_state(&state, &self.platform.vectors);
-        let branch_to_itself = emulated_end == Ending::At(CODE);
+        let branch_to_itself = emulated_end == Ending::At(start);
         if branch_to_itself {
             self.platform.memory = backup;
             return Verdict::Skipped;
         }
         let mut native = before.clone();
-        let end = self.processor.run(&case.bytes, &mut native);
-        let native_end = native_ending(end, next);
+        let end = self.processor.run(&case.bytes, &mut native, self.selectors);
+        let native_end = self.native_ending(end, next);
         let lacking = matches!(native_end, Ending::Exception { vector: 6, .. });
         if lacking && MAY_LACK.contains(&case.instruction.mnemonic()) {
             self.platform.memory = backup;
             return Verdict::Skipped;
         }
         let mask = !undefined_flags(&case.instruction, cl) & !RF;
-        // ENTER's pushes are visible on the processor even where a later one faults; the emulator writes none then.
-        let partial = case.instruction.mnemonic() == Mnemonic::Enter
-            && matches!(native_end, Ending::Exception { .. });
+        // The processor shows what ENTER and PUSHA pushed, and POPA popped, before a fault; the emulator does nothing then.
+        let partial = matches!(native_end, Ending::Exception { .. })
+            && matches!(
+                case.instruction.mnemonic(),
+                Mnemonic::Enter
+                    | Mnemonic::Pusha
+                    | Mnemonic::Pushad
+                    | Mnemonic::Popa
+                    | Mnemonic::Popad
+            );
+        if partial {
+            native.gpr = before.gpr;
+        }
         if partial {
             let data = self.processor.data();
             self.platform.memory[4096..4 * 4096].copy_from_slice(data);
         }
         let same_memory = self.processor.data() == &self.platform.memory[4096..4 * 4096];
-        let same = emulated_end == native_end
-            && emulated.gpr == native.gpr
+        // The processor probes an XSAVE area, and MASKMOVDQU's operand, in parts and in an order of its own: which fault it
+        // finds first may differ.
+        let faulted = |end| {
+            matches!(
+                end,
+                Ending::Exception {
+                    vector: 12..=14,
+                    ..
+                }
+            )
+        };
+        let mnemonic = case.instruction.mnemonic();
+        let in_parts = generate::is_xsave(mnemonic)
+            || matches!(mnemonic, Mnemonic::Maskmovdqu | Mnemonic::Vmaskmovdqu);
+        let probed = in_parts && faulted(emulated_end) && faulted(native_end);
+        let same = (emulated_end == native_end || probed)
+            && self.same_registers(&emulated, &native)
             && emulated.ymm == native.ymm
             && emulated.mxcsr == native.mxcsr
             && (emulated.flags ^ native.flags) & mask == 0
@@ -351,23 +297,39 @@ impl<'a> Comparison<'a> {
         self.platform.memory[4096..4 * 4096].copy_from_slice(data);
         Verdict::Different(message)
     }
-}
 
-fn native_ending(end: End, next: u64) -> Ending {
-    let trap = match end {
-        End::Next => return Ending::At(next),
-        End::Trapped(trap) => trap,
-    };
-    match trap.vector {
-        // INT3, or the filling behind a branch; both report RIP behind the byte.
-        3 if trap.rip != next => Ending::At(trap.rip - 1),
-        // The fetch at a branch's target.
-        14 if trap.rip == trap.address && trap.rip != CODE => Ending::At(trap.rip),
-        vector => Ending::Exception {
-            vector: vector as u8,
-            error_code: trap.error_code as u32,
-            address: if vector == 14 { trap.address } else { 0 },
-        },
+    fn native_ending(&self, end: End, next: u64) -> Ending {
+        let trap = match end {
+            End::Next => return Ending::At(next),
+            End::Trapped(trap) => trap,
+        };
+        match trap.vector {
+            // INT3, or the filling behind a branch; both report RIP behind the byte.
+            3 if trap.rip != next => Ending::At(trap.rip - 1),
+            // The fetch at a branch's target.
+            14 if self.is_target(trap.rip, trap.address) => Ending::At(trap.rip),
+            vector => Ending::Exception {
+                vector: vector as u8,
+                error_code: trap.error_code as u32,
+                address: if vector == 14 { trap.address } else { 0 },
+            },
+        }
+    }
+
+    /// Whether a page fault is that of a fetch at a branch's target.
+    fn is_target(&self, rip: u64, address: u64) -> bool {
+        self.layout.cs + rip == address && address != CODE
+    }
+
+    /// Outside 64-bit mode only the low halves exist.
+    fn same_registers(&self, emulated: &Registers, native: &Registers) -> bool {
+        let mask = if self.layout.bits == 64 {
+            u64::MAX
+        } else {
+            0xffff_ffff
+        };
+        let mut pairs = emulated.gpr.iter().zip(&native.gpr);
+        pairs.all(|(e, n)| (e ^ n) & mask == 0)
     }
 }
 
@@ -421,20 +383,14 @@ fn describe(
     text
 }
 
-#[test]
-fn random_instructions_do_what_the_processor_does() {
-    if !has_what_is_compared() {
-        println!("skipped: this processor lacks AVX2, BMI, ADX or MOVBE");
-        return;
-    }
+/// Runs a comparison to its end, with `vary` before each case, and reports.
+fn run(name: &str, comparison: &mut Comparison<'_>, seed: u64, vary: impl Fn(&mut Comparison<'_>)) {
     let cases = setting("EMULATOR_CASES", 300_000);
-    let seed = setting("EMULATOR_SEED", 1);
-    let mut processor = processor();
-    let mut comparison = Comparison::new(&mut processor, seed);
     let mut mnemonics = std::collections::BTreeMap::<String, u64>::new();
     let (mut same, mut skipped, mut different) = (0u64, 0u64, Vec::new());
     let started = std::time::Instant::now();
     while same < cases && different.len() < 20 {
+        vary(comparison);
         let Some((case, verdict)) = comparison.step() else {
             continue;
         };
@@ -449,7 +405,7 @@ fn random_instructions_do_what_the_processor_does() {
         }
     }
     println!(
-        "seed {seed}: {same} instructions compared, {skipped} skipped, {} mnemonics, {:.1} s",
+        "{name}, seed {seed}: {same} instructions compared, {skipped} skipped, {} mnemonics, {:.1} s",
         mnemonics.len(),
         started.elapsed().as_secs_f64()
     );
@@ -458,7 +414,47 @@ fn random_instructions_do_what_the_processor_does() {
     }
     assert!(
         different.is_empty(),
-        "seed {seed}, after {same} equal cases:\n{}",
+        "{name}, seed {seed}, after {same} equal cases:\n{}",
         different.join("\n")
     );
+}
+
+#[test]
+fn random_instructions_do_what_the_processor_does() {
+    if !has_what_is_compared() {
+        println!("skipped: this processor lacks AVX2, BMI, ADX or MOVBE");
+        return;
+    }
+    let seed = setting("EMULATOR_SEED", 1);
+    let mut processor = processor();
+    let mut comparison = Comparison::new(&mut processor, seed);
+    run("64-bit", &mut comparison, seed, |_| {});
+}
+
+#[test]
+fn so_do_they_in_16_and_32_bit_segments() {
+    if !has_what_is_compared() {
+        println!("skipped: this processor lacks AVX2, BMI, ADX or MOVBE");
+        return;
+    }
+    let seed = setting("EMULATOR_SEED", 1);
+    let mut processor = processor();
+    if let Err(error) = segments::install() {
+        println!("skipped: no LDT ({error})");
+        return;
+    }
+    let mut comparison = Comparison::new(&mut processor, seed);
+    if !segments::work(comparison.processor, &comparison.registers) {
+        println!("skipped: this kernel runs no 16- or 32-bit code");
+        return;
+    }
+    run("16- and 32-bit", &mut comparison, seed, |comparison| {
+        let chosen = segments::choose(&mut comparison.random);
+        comparison.special = chosen.special(user_mode(0));
+        comparison.layout = Layout {
+            decoder_options: comparison.layout.decoder_options,
+            ..chosen.layout()
+        };
+        comparison.selectors = Some(chosen.selectors());
+    });
 }

@@ -2,6 +2,7 @@
 
 use hypervisor::emulator::{
     Access, AccessKind, Exception, Platform, PlatformError, TranslateFailure, VectorRegisters,
+    XsaveComponent,
 };
 
 /// What may be done with a page.
@@ -22,6 +23,10 @@ pub(crate) enum Seen {
     PioWrite(u16, Vec<u8>),
 }
 
+/// Where an XSAVE area has XMM registers and upper halves (offset and bytes).
+const XMM: usize = 160;
+const AVX: (usize, usize) = (576, 256);
+
 /// The platform. Addresses outside `base .. base + 4096 * pages.len()` count as accesses outside.
 pub(crate) struct Flat {
     pub(crate) base: u64,
@@ -31,8 +36,10 @@ pub(crate) struct Flat {
     pub(crate) xcr0: u64,
     /// An address outside the window was asked for.
     pub(crate) outside: bool,
-    /// Error-code bit 2: the accesses come from user mode.
+    /// The accesses, if they are to be kept.
     pub(crate) log: Option<Vec<Seen>>,
+    /// MXCSR_MASK, if the extended state is offered: x87 in its initial state, SSE and AVX from `vectors`.
+    pub(crate) mxcsr_mask: Option<u32>,
     /// What the ports answer, repeated.
     pub(crate) port_value: u32,
 }
@@ -51,6 +58,7 @@ impl Flat {
             xcr0: 7,
             outside: false,
             log: None,
+            mxcsr_mask: None,
             port_value: 0x8765_4321,
         }
     }
@@ -152,5 +160,46 @@ impl Platform for Flat {
 
     fn xcr0(&mut self) -> Result<u64, PlatformError> {
         Ok(self.xcr0)
+    }
+
+    fn xsave_area(&mut self) -> Result<Option<Vec<u8>>, PlatformError> {
+        let Some(mask) = self.mxcsr_mask else {
+            return Ok(None);
+        };
+        let mut area = vec![0; AVX.0 + 256];
+        area[24..28].copy_from_slice(&self.vectors.mxcsr.to_le_bytes());
+        area[28..32].copy_from_slice(&mask.to_le_bytes());
+        let upper = self.vectors.upper.unwrap_or_default();
+        for (index, (xmm, upper)) in self.vectors.xmm.iter().zip(upper).enumerate() {
+            let (low, high) = (XMM + 16 * index, AVX.0 + 16 * index);
+            area[low..low + 16].copy_from_slice(&xmm.to_le_bytes());
+            area[high..high + 16].copy_from_slice(&upper.to_le_bytes());
+        }
+        let sse = self.vectors.xmm.iter().any(|xmm| *xmm != 0);
+        let avx = upper.iter().any(|upper| *upper != 0);
+        area[512] = u8::from(sse) << 1 | u8::from(avx) << 2;
+        Ok(Some(area))
+    }
+
+    fn set_xsave_area(&mut self, area: &[u8]) -> Result<(), PlatformError> {
+        let lane = |at: usize| u128::from_le_bytes(area[at..at + 16].try_into().expect("16 bytes"));
+        self.vectors.mxcsr = u32::from_le_bytes(area[24..28].try_into().expect("4 bytes"));
+        let in_use = |bit: u8| area[512] >> bit & 1 != 0;
+        for index in 0..16 {
+            let (low, high) = (lane(XMM + 16 * index), lane(AVX.0 + 16 * index));
+            self.vectors.xmm[index] = if in_use(1) { low } else { 0 };
+            if let Some(upper) = &mut self.vectors.upper {
+                upper[index] = if in_use(2) { high } else { 0 };
+            }
+        }
+        Ok(())
+    }
+
+    fn xsave_component(&mut self, index: u32) -> Option<XsaveComponent> {
+        (index == 2).then_some(XsaveComponent {
+            offset: AVX.0 as u32,
+            bytes: AVX.1 as u32,
+            aligned: false,
+        })
     }
 }

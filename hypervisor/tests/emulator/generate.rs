@@ -31,10 +31,45 @@ const NOT_NATIVE: &[(Mnemonic, &str)] = &[
     (Mnemonic::Wrgsbase, "would change GS for the next case"),
     (Mnemonic::Rdsspd, "depends on the kernel's shadow stacks"),
     (Mnemonic::Rdsspq, "depends on the kernel's shadow stacks"),
+    (Mnemonic::Fxsave, "the x87 state is not the test's"),
+    (Mnemonic::Fxsave64, "the x87 state is not the test's"),
+    (Mnemonic::Fxrstor, "the x87 state is not the test's"),
+    (Mnemonic::Fxrstor64, "the x87 state is not the test's"),
     (Mnemonic::Lfs, "needs the kernel's GDT"),
     (Mnemonic::Lgs, "needs the kernel's GDT"),
     (Mnemonic::Lss, "needs the kernel's GDT"),
 ];
+
+/// How the processor decodes, and where its segments are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    /// 16, 32 or 64.
+    pub(crate) bits: u32,
+    /// Base of CS, DS, ES, SS and GS.
+    pub(crate) cs: u64,
+    pub(crate) ds: u64,
+    pub(crate) es: u64,
+    pub(crate) ss: u64,
+    pub(crate) gs: u64,
+    pub(crate) decoder_options: u32,
+}
+
+impl Layout {
+    /// RIP of the instruction.
+    pub(crate) fn rip(&self) -> u64 {
+        CODE - self.cs
+    }
+
+    fn base(&self, segment: Register) -> u64 {
+        match segment {
+            Register::CS => self.cs,
+            Register::ES => self.es,
+            Register::SS => self.ss,
+            Register::GS => self.gs,
+            _ => self.ds,
+        }
+    }
+}
 
 /// An instruction with all it needs.
 pub(crate) struct Case {
@@ -43,14 +78,15 @@ pub(crate) struct Case {
 }
 
 /// A covered instruction that may be executed natively, or `None` if the dice fell otherwise.
-pub(crate) fn instruction(random: &mut Random, options: u32) -> Option<Case> {
+pub(crate) fn instruction(random: &mut Random, layout: &Layout) -> Option<Case> {
     let mut bytes = [0; 15];
     random.fill(&mut bytes);
     // One in eight is left as it is: any bytes at all.
     if !random.one_in(8) {
-        shape(random, &mut bytes);
+        shape(random, &mut bytes, layout.bits == 64);
     }
-    let mut decoder = Decoder::try_with_ip(64, &bytes, CODE, options).ok()?;
+    let (bits, rip, options) = (layout.bits, layout.rip(), layout.decoder_options);
+    let mut decoder = Decoder::try_with_ip(bits, &bytes, rip, options).ok()?;
     let instruction = decoder.decode();
     if instruction.is_invalid() || !covers(instruction.mnemonic()) {
         return None;
@@ -65,6 +101,21 @@ pub(crate) fn instruction(random: &mut Random, options: u32) -> Option<Case> {
     let odd_loop = matches!(instruction.mnemonic(), Mnemonic::Loope | Mnemonic::Loopne)
         && (instruction.has_rep_prefix() || instruction.has_repne_prefix() || raw_rep(&bytes));
     if odd_loop {
+        return None;
+    }
+    // The decoder ignores VEX.W outside 64-bit mode; processors do not agree for these.
+    let wide = bits != 64
+        && matches!(
+            instruction.mnemonic(),
+            Mnemonic::Vpinsrd | Mnemonic::Vpextrd | Mnemonic::Vmovd
+        );
+    if wide {
+        return None;
+    }
+    let needs_gdt = matches!(instruction.mnemonic(), Mnemonic::Lds | Mnemonic::Les);
+    // GS has no segment in compatibility mode.
+    let null = bits != 64 && instruction.memory_segment() == Register::GS;
+    if needs_gdt || null {
         return None;
     }
     let loads_segment = matches!(instruction.mnemonic(), Mnemonic::Mov | Mnemonic::Pop)
@@ -86,14 +137,14 @@ pub(crate) fn instruction(random: &mut Random, options: u32) -> Option<Case> {
     if memory && plain && offsets.has_displacement() && !random.one_in(50) {
         let target = data_address(random);
         let from = match instruction.memory_base() {
-            Register::None => 0,
-            _ => CODE + length as u64,
+            Register::None => layout.base(instruction.memory_segment()),
+            _ => rip + length as u64,
         };
         let displacement = target.wrapping_sub(from).to_le_bytes();
         let (at, size) = (offsets.displacement_offset(), offsets.displacement_size());
         bytes[at..at + size].copy_from_slice(&displacement[..size]);
     }
-    let instruction = Decoder::try_with_ip(64, &bytes, CODE, options)
+    let instruction = Decoder::try_with_ip(bits, &bytes, rip, options)
         .ok()?
         .decode();
     Some(Case { bytes, instruction })
@@ -123,7 +174,7 @@ fn vvvv(random: &mut Random) -> u8 {
 }
 
 /// Puts prefixes and an opcode map before the random bytes.
-fn shape(random: &mut Random, bytes: &mut [u8; 15]) {
+fn shape(random: &mut Random, bytes: &mut [u8; 15], long: bool) {
     let mut head = Vec::with_capacity(8);
     if random.one_in(6) {
         head.push(0x66);
@@ -140,17 +191,19 @@ fn shape(random: &mut Random, bytes: &mut [u8; 15]) {
     if random.one_in(16) {
         head.push(0x65);
     }
+    // Outside 64-bit mode VEX is told from LES and LDS by two set bits.
+    let vex = if long { 0 } else { 0xc0 };
     let map = random.below(12);
     match map {
         // VEX, two and three bytes. Where there is no vvvv operand, its bits must be ones.
         0 => {
             head.clear();
-            head.extend([0xc5, random.byte() | vvvv(random)]);
+            head.extend([0xc5, random.byte() | vvvv(random) | vex]);
         }
         1 => {
             head.clear();
             let map = 1 + random.byte() % 3;
-            head.extend([0xc4, random.byte() & 0xe0 | map]);
+            head.extend([0xc4, random.byte() & 0xe0 | map | vex]);
             head.push(random.byte() | vvvv(random));
             let opcodes: &[u8] = match map {
                 2 => VEX_0F38,
@@ -162,7 +215,7 @@ fn shape(random: &mut Random, bytes: &mut [u8; 15]) {
             }
         }
         _ => {
-            if random.one_in(2) {
+            if long && random.one_in(2) {
                 head.push(0x40 | random.byte() & 15);
             }
             match map {
@@ -174,6 +227,13 @@ fn shape(random: &mut Random, bytes: &mut [u8; 15]) {
         }
     }
     bytes[..head.len()].copy_from_slice(&head);
+    // XSAVE and its relatives are rare, too: 0F AE /4 to /6, 0F C7 /3 to /5, with a register that is patched.
+    if map == 2 && random.one_in(12) {
+        let at = head.len();
+        let register = 3 + random.byte() % 4;
+        bytes[at] = if random.one_in(2) { 0xae } else { 0xc7 };
+        bytes[at + 1] = register << 3 | [3, 6, 7][random.below(3) as usize];
+    }
     // String instructions are 10 of 256 opcodes; make them more frequent.
     if map == 11 && random.one_in(3) {
         let opcodes = [0xa4, 0xa5, 0xa6, 0xa7, 0xaa, 0xab, 0xac, 0xad, 0xae, 0xaf];
@@ -191,12 +251,15 @@ pub(crate) fn data_address(random: &mut Random) -> u64 {
     }
 }
 
-/// Index of a 32- or 64-bit register, as `Registers::gpr` has it.
+/// Index of a 16-, 32- or 64-bit register, as `Registers::gpr` has it.
 fn index_of(register: Register) -> Option<usize> {
     let number = register as usize;
+    let short = Register::AX as usize;
     let narrow = Register::EAX as usize;
     let wide = Register::RAX as usize;
-    if (narrow..narrow + 16).contains(&number) {
+    if (short..short + 16).contains(&number) {
+        Some(number - short)
+    } else if (narrow..narrow + 16).contains(&number) {
         Some(number - narrow)
     } else if (wide..wide + 16).contains(&number) {
         Some(number - wide)
@@ -206,7 +269,12 @@ fn index_of(register: Register) -> Option<usize> {
 }
 
 /// Fills `registers` for the instruction.
-pub(crate) fn registers(random: &mut Random, case: &Case, gs_base: u64, registers: &mut Registers) {
+pub(crate) fn registers(
+    random: &mut Random,
+    case: &Case,
+    layout: &Layout,
+    registers: &mut Registers,
+) {
     const STATUS: u64 = 0x8d5;
     const DF: u64 = 1 << 10;
     const AC: u64 = 1 << 18;
@@ -228,9 +296,16 @@ pub(crate) fn registers(random: &mut Random, case: &Case, gs_base: u64, register
         registers.flags |= AC;
     }
     registers.mxcsr = 0x1f80 | random.next() as u32 & 0xe07f;
+    if layout.decoder_options & DecoderOptions::AMD != 0
+        && !reads_half(instruction.mnemonic())
+        && random.one_in(8)
+    {
+        // MXCSR.MM: misaligned operands are no fault.
+        registers.mxcsr |= 1 << 17;
+    }
     let gpr = &mut registers.gpr;
     // RSP, RSI and RDI point to data, and RBP for ENTER and LEAVE.
-    gpr[4] = data_address(random);
+    gpr[4] = data_address(random).wrapping_sub(layout.ss);
     if !random.one_in(4) {
         gpr[4] &= !7;
     }
@@ -241,8 +316,8 @@ pub(crate) fn registers(random: &mut Random, case: &Case, gs_base: u64, register
         )
     });
     if string {
-        gpr[6] = data_address(random);
-        gpr[7] = data_address(random);
+        gpr[6] = data_address(random).wrapping_sub(layout.ds);
+        gpr[7] = data_address(random).wrapping_sub(layout.es);
         if random.one_in(2) {
             gpr[1] = random.below(40);
         }
@@ -254,10 +329,10 @@ pub(crate) fn registers(random: &mut Random, case: &Case, gs_base: u64, register
         gpr[1] = random.below(200);
     }
     if matches!(instruction.mnemonic(), Mnemonic::Enter | Mnemonic::Leave) {
-        gpr[5] = data_address(random);
+        gpr[5] = data_address(random).wrapping_sub(layout.ss);
     }
     if instruction.mnemonic() == Mnemonic::Xlatb {
-        gpr[3] = data_address(random) & !0xff;
+        gpr[3] = (data_address(random) & !0xff).wrapping_sub(layout.ds);
     }
     if instruction.mnemonic() == Mnemonic::Cmpxchg && random.one_in(2) {
         // An equal comparison with a register operand.
@@ -272,18 +347,20 @@ pub(crate) fn registers(random: &mut Random, case: &Case, gs_base: u64, register
     if bit_string && let Some(index) = index_of(instruction.op1_register()) {
         gpr[index] = random.below(4096).wrapping_sub(2048);
     }
+    if is_xsave(instruction.mnemonic()) {
+        // SSE and AVX only.
+        gpr[0] = random.below(4) << 1;
+        gpr[2] = 0;
+    }
     if random.one_in(200) {
         return;
     }
-    let segment = if instruction.memory_segment() == Register::GS {
-        gs_base
-    } else {
-        0
-    };
+    let segment = layout.base(instruction.memory_segment());
     let mut target = data_address(random).wrapping_sub(segment);
     if !random.one_in(4) {
         let align = match instruction.memory_size().size() {
             size @ (16 | 32) => size as u64,
+            _ if is_xsave(instruction.mnemonic()) => 64,
             _ => 1,
         };
         target &= !(align - 1);
@@ -308,6 +385,34 @@ pub(crate) fn registers(random: &mut Random, case: &Case, gs_base: u64, register
         (None, Some(index)) => gpr[index] = target.wrapping_sub(displacement) / scale,
         (None, None) => {}
     }
+}
+
+/// SSE instructions that use 64 bits of a 128-bit operand. With MXCSR.MM set, AMD processors read no more, over a page's
+/// end; the emulator always reads 128 bits, as the manuals say.
+fn reads_half(mnemonic: Mnemonic) -> bool {
+    matches!(
+        mnemonic,
+        Mnemonic::Punpcklbw
+            | Mnemonic::Punpcklwd
+            | Mnemonic::Punpckldq
+            | Mnemonic::Punpcklqdq
+            | Mnemonic::Unpcklps
+            | Mnemonic::Unpcklpd
+            | Mnemonic::Psllw
+            | Mnemonic::Pslld
+            | Mnemonic::Psllq
+            | Mnemonic::Psrlw
+            | Mnemonic::Psrld
+            | Mnemonic::Psrlq
+            | Mnemonic::Psraw
+            | Mnemonic::Psrad
+    )
+}
+
+/// XSAVE, XRSTOR and their relatives.
+pub(crate) fn is_xsave(mnemonic: Mnemonic) -> bool {
+    let (first, last) = (Mnemonic::Xrstor as u32, Mnemonic::Xsaves64 as u32);
+    (first..=last).contains(&(mnemonic as u32))
 }
 
 /// The decoder's options for this machine's processor.

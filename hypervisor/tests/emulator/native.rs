@@ -10,6 +10,9 @@
 //!              └────────► resume: store YMM, restore the host ─► run returns
 //! ```
 //!
+//! Compatibility mode is entered by a far jump, with data segments from an LDT that `segments` sets up, and left by another one
+//! to a 64-bit trampoline on the code page.
+//!
 //! The block, the code page and the data pages are at fixed low addresses, so that 32-bit addresses reach them
 //! and the stub needs no register.
 
@@ -24,11 +27,16 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 const BLOCK: usize = 0x2100_0000;
 /// Where the instruction is.
 pub(crate) const CODE: u64 = 0x2200_0100;
-const CODE_PAGE: usize = 0x2200_0000;
+pub(crate) const CODE_PAGE: usize = 0x2200_0000;
 /// Where the data pages are: absent, writable, writable, read-only, absent.
 pub(crate) const DATA: u64 = 0x2000_0000;
 /// Bytes between the instruction's end and the `int3`s.
-pub(crate) const EXIT_BYTES: u64 = 7;
+pub(crate) const EXIT_BYTES: u64 = 8;
+/// The way out of compatibility mode: 64-bit code that goes to `leave`.
+pub(crate) const TRAMPOLINE: u64 = 0x2200_0f00;
+/// Selectors of 64-bit code and of data that Linux gives every process.
+const USER_CODE: u16 = 0x33;
+const USER_DATA: u16 = 0x2b;
 const PAGE: usize = 4096;
 /// Flags that the host runs with: IF, and bit 1.
 const HOST_FLAGS: u64 = 0x202;
@@ -56,19 +64,39 @@ pub(crate) struct Trap {
     pub(crate) rip: u64,
 }
 
+/// The segment registers that an instruction runs with in compatibility mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Selectors {
+    pub(crate) cs: u16,
+    pub(crate) ds: u16,
+    pub(crate) es: u16,
+    pub(crate) ss: u16,
+    /// The code segment is a 16-bit one.
+    pub(crate) short: bool,
+}
+
 #[repr(C, align(64))]
 struct Block {
     registers: Registers,
     host_rsp: u64,
     entry: u64,
     leave: u64,
+    /// Where the far jump goes: offset and selector.
+    far_offset: u32,
+    far_selector: u32,
     host_mxcsr: u32,
+    compatibility: u32,
+    ds: u32,
+    es: u32,
+    ss: u32,
     active: u64,
     trap: Trap,
 }
 
 unsafe extern "C" {
     fn emulator_test_enter();
+    fn emulator_test_far();
+    fn emulator_test_signal();
     fn emulator_test_leave();
     fn emulator_test_resume();
 }
@@ -94,6 +122,12 @@ global_asm!(
     "  stmxcsr dword ptr [{block} + {host_mxcsr}]",
     "  ldmxcsr dword ptr [{block} + {mxcsr}]",
     "  all_ymm op, 0",
+    "  cmp dword ptr [{block} + {compatibility}], 0",
+    "  je 2f",
+    "  mov ds, word ptr [{block} + {ds}]",
+    "  mov es, word ptr [{block} + {es}]",
+    "  mov ss, word ptr [{block} + {ss}]",
+    "2:",
     "  push qword ptr [{block} + {flags}]",
     "  popfq",
     "  mov rax, [{block} + {gpr}]",
@@ -113,6 +147,15 @@ global_asm!(
     "  mov r15, [{block} + {gpr} + 120]",
     "  mov rsp, [{block} + {gpr} + 32]",
     "  jmp qword ptr [{block} + {entry}]",
+    // The kernel leaves AC set, which compiled code cannot bear.
+    "emulator_test_signal:",
+    "  push {host_flags}",
+    "  popfq",
+    "  jmp {on_signal}",
+    "emulator_test_far:",
+    // jmp fword ptr [far_offset]
+    "  .byte 0xff, 0x2c, 0x25",
+    "  .long {block} + {far}",
     "emulator_test_leave:",
     "  mov [{block} + {gpr}], rax",
     "  mov [{block} + {gpr} + 8], rcx",
@@ -136,6 +179,14 @@ global_asm!(
     "emulator_test_resume:",
     "  push {host_flags}",
     "  popfq",
+    "  cmp dword ptr [{block} + {compatibility}], 0",
+    "  je 2f",
+    "  mov eax, {user_data}",
+    "  mov ss, eax",
+    "  xor eax, eax",
+    "  mov ds, eax",
+    "  mov es, eax",
+    "2:",
     "  all_ymm op, 1",
     "  vzeroupper",
     "  stmxcsr dword ptr [{block} + {mxcsr}]",
@@ -156,6 +207,13 @@ global_asm!(
     host_rsp = const offset_of!(Block, host_rsp),
     entry = const offset_of!(Block, entry),
     host_flags = const HOST_FLAGS,
+    on_signal = sym on_signal,
+    compatibility = const offset_of!(Block, compatibility),
+    far = const offset_of!(Block, far_offset),
+    ds = const offset_of!(Block, ds),
+    es = const offset_of!(Block, es),
+    ss = const offset_of!(Block, ss),
+    user_data = const USER_DATA,
 );
 
 fn block() -> *mut Block {
@@ -229,8 +287,7 @@ fn set_up() -> io::Result<()> {
             libc::SIGTRAP,
         ] {
             let mut action: libc::sigaction = std::mem::zeroed();
-            let function: extern "C" fn(c_int, *mut libc::siginfo_t, *mut libc::c_void) = on_signal;
-            action.sa_sigaction = function as usize;
+            action.sa_sigaction = emulator_test_signal as *const () as usize;
             action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
             if libc::sigaction(signal, &action, null_mut()) != 0 {
                 return Err(io::Error::last_os_error());
@@ -278,6 +335,10 @@ extern "C" fn on_signal(signal: c_int, _: *mut libc::siginfo_t, context: *mut li
             address: registers[libc::REG_CR2 as usize] as u64,
             rip: registers[libc::REG_RIP as usize] as u64,
         };
+        // CS in the low 16 bits, SS in the high ones.
+        let selectors = &mut registers[libc::REG_CSGSFS as usize];
+        let kept = *selectors as u64 & 0x0000_ffff_ffff_0000;
+        *selectors = (kept | u64::from(USER_CODE) | u64::from(USER_DATA) << 48) as i64;
         registers[libc::REG_RIP as usize] = emulator_test_resume as *const () as i64;
         registers[libc::REG_RSP as usize] = (*block).host_rsp as i64;
         registers[libc::REG_EFL as usize] = HOST_FLAGS as i64;
@@ -313,15 +374,27 @@ impl Processor {
         }
     }
 
-    /// Makes the last data page read-only, from now on.
-    pub(crate) fn protect_last_page(&mut self) {
-        let page = with_exposed_provenance_mut(DATA as usize + 3 * PAGE);
-        // SAFETY: the page is `set_up`'s; it is only read from now on.
-        assert_eq!(unsafe { libc::mprotect(page, PAGE, libc::PROT_READ) }, 0);
+    /// Fills the data pages, the read-only one too.
+    pub(crate) fn fill(&mut self, contents: &[u8]) {
+        self.protect_last_page(libc::PROT_READ | libc::PROT_WRITE);
+        self.data().copy_from_slice(contents);
+        self.protect_last_page(libc::PROT_READ);
     }
 
-    /// Executes `instruction` with `registers`, which become what it left.
-    pub(crate) fn run(&mut self, instruction: &[u8], registers: &mut Registers) -> End {
+    fn protect_last_page(&mut self, protection: c_int) {
+        let page = with_exposed_provenance_mut(DATA as usize + 3 * PAGE);
+        // SAFETY: the page is `set_up`'s, and written by `fill` only, while it may be.
+        assert_eq!(unsafe { libc::mprotect(page, PAGE, protection) }, 0);
+    }
+
+    /// Executes `instruction` with `registers`, which become what it left: in 64-bit mode, or in
+    /// compatibility mode with the given segments.
+    pub(crate) fn run(
+        &mut self,
+        instruction: &[u8],
+        registers: &mut Registers,
+        selectors: Option<Selectors>,
+    ) -> End {
         assert!(instruction.len() <= 15);
         let block = block();
         let leave = emulator_test_leave as *const () as u64;
@@ -331,14 +404,30 @@ impl Processor {
             let code = with_exposed_provenance_mut::<u8>(CODE as usize);
             std::ptr::write_bytes(code, 0xcc, 32);
             std::ptr::copy_nonoverlapping(instruction.as_ptr(), code, instruction.len());
-            // jmp qword ptr [the block's leave]; an aligned pointer, because AC may be set.
             let exit = code.add(instruction.len());
-            let pointer = (BLOCK + offset_of!(Block, leave)) as u32;
-            std::ptr::copy_nonoverlapping([0xff, 0x24, 0x25].as_ptr(), exit, 3);
-            exit.add(3).cast::<u32>().write_unaligned(pointer);
+            match selectors {
+                None => write_leave(exit),
+                Some(selectors) => {
+                    write_leave(with_exposed_provenance_mut(TRAMPOLINE as usize));
+                    write_far_jump(exit, selectors.short);
+                }
+            }
+            (*block).compatibility = u32::from(selectors.is_some());
+            (*block).entry = CODE;
+            if let Some(selectors) = selectors {
+                (*block).ds = selectors.ds.into();
+                (*block).es = selectors.es.into();
+                (*block).ss = selectors.ss.into();
+                (*block).far_offset = if selectors.short {
+                    (CODE as usize - CODE_PAGE) as u32
+                } else {
+                    CODE as u32
+                };
+                (*block).far_selector = selectors.cs.into();
+                (*block).entry = emulator_test_far as *const () as u64;
+            }
             (*block).leave = leave;
             (*block).registers = registers.clone();
-            (*block).entry = CODE;
             (*block).trap = Trap::default();
             (*block).active = 1;
             std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
@@ -353,4 +442,35 @@ impl Processor {
             }
         }
     }
+}
+
+/// Writes `jmp qword ptr [the block's leave]`: through an aligned pointer, because AC may be set.
+///
+/// # Safety
+///
+/// `to` must have room for 7 bytes on the code page.
+unsafe fn write_leave(to: *mut u8) {
+    let pointer = (BLOCK + offset_of!(Block, leave)) as u32;
+    // SAFETY: the caller's promise.
+    unsafe {
+        std::ptr::copy_nonoverlapping([0xff, 0x24, 0x25].as_ptr(), to, 3);
+        to.add(3).cast::<u32>().write_unaligned(pointer);
+    }
+}
+
+/// Writes a far jump to the trampoline, for 16- or 32-bit code.
+///
+/// # Safety
+///
+/// `to` must have room for 8 bytes on the code page.
+unsafe fn write_far_jump(to: *mut u8, short: bool) {
+    let mut code = Vec::with_capacity(8);
+    if short {
+        code.push(0x66);
+    }
+    code.push(0xea);
+    code.extend((TRAMPOLINE as u32).to_le_bytes());
+    code.extend(USER_CODE.to_le_bytes());
+    // SAFETY: the caller's promise.
+    unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), to, code.len()) };
 }

@@ -6,10 +6,10 @@
 use arch::x86_64::state::{GeneralRegisters, Segment, SpecialRegisters};
 use hypervisor::emulator::{
     Access, CpuState, Exception, Options, Outcome, Platform, PlatformError, TranslateFailure,
-    VectorRegisters, Vendor, emulate,
+    VectorRegisters, Vendor, XsaveComponent, emulate,
 };
 
-use crate::compare::setting;
+use crate::host::setting;
 use crate::random::Random;
 
 /// A platform that answers anything, and sometimes fails.
@@ -25,7 +25,7 @@ impl Whim {
             gpa % 4096 + bytes as u64 <= 4096,
             "an access crosses a page"
         );
-        assert!((1..=32).contains(&bytes), "an access of {bytes} bytes");
+        assert!((1..=4096).contains(&bytes), "an access of {bytes} bytes");
         self.accesses += 1;
         if self.failures && self.random.one_in(50) {
             return Err("a whim".into());
@@ -90,6 +90,26 @@ impl Platform for Whim {
 
     fn xcr0(&mut self) -> Result<u64, PlatformError> {
         Ok(self.random.next() & 7)
+    }
+
+    fn xsave_area(&mut self) -> Result<Option<Vec<u8>>, PlatformError> {
+        let bytes = [0, 100, 576, 832, 1 << 13][self.random.below(5) as usize];
+        let mut area = vec![0; bytes];
+        self.random.fill(&mut area);
+        Ok(self.random.one_in(2).then_some(area))
+    }
+
+    fn set_xsave_area(&mut self, _: &[u8]) -> Result<(), PlatformError> {
+        Ok(())
+    }
+
+    fn xsave_component(&mut self, _: u32) -> Option<XsaveComponent> {
+        let mut value = || self.random.interesting() as u32 & 0x8000_0fff;
+        Some(XsaveComponent {
+            offset: value(),
+            bytes: value(),
+            aligned: self.random.one_in(2),
+        })
     }
 }
 
@@ -182,6 +202,11 @@ fn nonsense_does_no_harm() {
             bytes[0] = prefixes[random.below(8) as usize];
             if random.one_in(3) {
                 bytes[1] = 0xa4 + random.byte() % 12;
+            }
+            // FXSAVE, XSAVE and their relatives.
+            if random.one_in(3) {
+                bytes[1] = 0x0f;
+                bytes[2] = if random.one_in(2) { 0xae } else { 0xc7 };
             }
         }
         let before = state(&mut random);

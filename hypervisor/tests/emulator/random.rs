@@ -30,16 +30,18 @@ impl Random {
         (self.next() >> 40) as u8
     }
 
-    /// A number of a kind that finds errors: any, small, or near a power of two.
+    /// A number of a kind that finds errors: any, small, near a power of two, or near a width.
     pub(crate) fn interesting(&mut self) -> u64 {
         let any = self.next();
-        match self.below(6) {
+        const WIDTHS: [u64; 12] = [7, 8, 9, 15, 16, 31, 32, 33, 63, 64, 65, 128];
+        match self.below(7) {
             0 => any & 0xff,
             1 => (any & 7).wrapping_sub(4),
             2 => (1u64 << (any & 63))
                 .wrapping_add(any >> 8 & 3)
                 .wrapping_sub(2),
             3 => u64::from(any as u32),
+            4 => WIDTHS[(any >> 8) as usize % WIDTHS.len()],
             _ => any,
         }
     }

@@ -87,6 +87,13 @@ const TABLE: &[(&[Mnemonic], u64, When)] = &[
         OF | SF | AF | PF,
         When::Always,
     ),
+    (&[Mnemonic::Daa, Mnemonic::Das], OF, When::Always),
+    (
+        &[Mnemonic::Aaa, Mnemonic::Aas],
+        OF | SF | ZF | PF,
+        When::Always,
+    ),
+    (&[Mnemonic::Aam, Mnemonic::Aad], OF | AF | CF, When::Always),
     (&[Mnemonic::Bextr], AF | SF | PF, When::Always),
     (
         &[
