@@ -72,7 +72,7 @@ fn complete(vcpu: &Vcpu) -> Answer<Vec<Exit>> {
     vcpu.set_immediate_exit(true);
     for _ in 0..MOST_PIECES {
         vcpu.answer(false);
-        match vcpu.enter() {
+        match vcpu.complete() {
             Ok(_) => pieces.push(vcpu.exit()),
             Err(libc::EINTR | libc::EAGAIN) => return Ok(pieces),
             Err(error) => return Err(error),

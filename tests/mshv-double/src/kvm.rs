@@ -1,7 +1,10 @@
 //! The few KVM ioctls the double is built on, by number (linux/kvm.h), past libc (see [`crate::sys`]).
 
+use std::sync::atomic::AtomicU32;
+
 use kvm_bindings::*;
 
+use crate::shared::SHARED;
 use crate::sys::{self, Answer, OwnFd};
 
 const fn io(number: u64) -> u64 {
@@ -138,7 +141,7 @@ impl Vm {
         unsafe { sys::ioctl(self.fd.0, iow::<kvm_msi>(0xa5), &raw const *msi as usize) }
     }
 
-    pub(crate) fn create_vcpu(&self, id: u32, run_size: usize) -> Answer<Vcpu> {
+    pub(crate) fn create_vcpu(&self, id: u32, run_size: usize, shares: bool) -> Answer<Vcpu> {
         // SAFETY: KVM_CREATE_VCPU takes a number.
         let fd = OwnFd(unsafe { sys::ioctl(self.fd.0, io(0x41), id as usize)? });
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -154,7 +157,17 @@ impl Vm {
             )?
         }
         .cast::<kvm_run>();
-        Ok(Vcpu { fd, run, run_size })
+        if shares {
+            // SAFETY: the page was just mapped, and nobody else knows it.
+            unsafe { (*run).kvm_valid_regs = u64::from(SHARED) };
+        }
+        Ok(Vcpu {
+            fd,
+            run,
+            run_size,
+            shares,
+            fresh: AtomicU32::new(0),
+        })
     }
 
     /// KVM_SET_GSI_ROUTING.
@@ -193,6 +206,9 @@ pub(crate) struct Vcpu {
     fd: OwnFd,
     run: *mut kvm_run,
     run_size: usize,
+    /// Whether registers are shared through the page, and which of those in it are up to date (see [`crate::shared`]).
+    pub(crate) shares: bool,
+    pub(crate) fresh: AtomicU32,
 }
 
 // SAFETY: the shared page is touched under the VP's lock only, except `immediate_exit`, which is written atomically.
@@ -209,22 +225,22 @@ impl Drop for Vcpu {
 
 impl Vcpu {
     ioctls! {
-        get regs(ior, 0x81) kvm_regs;
-        set set_regs(iow, 0x82) kvm_regs;
-        get sregs(ior, 0x83) kvm_sregs;
-        set set_sregs(iow, 0x84) kvm_sregs;
+        get fetch_regs(ior, 0x81) kvm_regs;
+        set store_regs(iow, 0x82) kvm_regs;
+        get fetch_sregs(ior, 0x83) kvm_sregs;
+        set store_sregs(iow, 0x84) kvm_sregs;
         get xsave(ior, 0xa4) XsaveArea;
         set set_xsave(iow, 0xa5) XsaveArea;
         get xcrs(ior, 0xa6) kvm_xcrs;
         set set_xcrs(iow, 0xa7) kvm_xcrs;
         get debug_regs(ior, 0xa1) kvm_debugregs;
         set set_debug_regs(iow, 0xa2) kvm_debugregs;
-        get events(ior, 0x9f) kvm_vcpu_events;
-        set set_events(iow, 0xa0) kvm_vcpu_events;
+        get fetch_events(ior, 0x9f) kvm_vcpu_events;
+        set store_events(iow, 0xa0) kvm_vcpu_events;
         get mp_state(ior, 0x98) kvm_mp_state;
-        set set_mp_state(iow, 0x99) kvm_mp_state;
+        set store_mp_state(iow, 0x99) kvm_mp_state;
         get lapic(ior, 0x8e) kvm_lapic_state;
-        set set_lapic(iow, 0x8f) kvm_lapic_state;
+        set store_lapic(iow, 0x8f) kvm_lapic_state;
     }
 
     /// KVM_GET_TSC_KHZ.
@@ -263,6 +279,8 @@ impl Vcpu {
                 ..Default::default()
             },
         };
+        // Some are parts of special registers.
+        self.settle()?;
         // SAFETY: the structure has room for the one entry that it names.
         match unsafe { sys::ioctl(self.fd.0, iow::<kvm_msrs>(0x89), &raw const one as usize)? } {
             1 => Ok(()),
@@ -272,6 +290,7 @@ impl Vcpu {
 
     /// KVM_SET_CPUID2.
     pub(crate) fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> Answer<()> {
+        self.settle()?;
         // SAFETY: the table is plain data with room for the number of entries it names.
         unsafe {
             let mut table: Box<CpuidTable> = Box::new(std::mem::zeroed());
@@ -309,10 +328,26 @@ impl Vcpu {
         .map(drop)
     }
 
-    /// KVM_RUN.
+    /// KVM_RUN, up to an exit.
     pub(crate) fn enter(&self) -> Answer {
         // SAFETY: the ioctl takes nothing; the guest's memory is mapped as the partition says.
-        unsafe { sys::ioctl(self.fd.0, io(0x80), 0) }
+        let result = unsafe { sys::ioctl(self.fd.0, io(0x80), 0) };
+        // Without an exit, the vCPU may be one that waits for its start-up IPI.
+        self.set_fresh(if result.is_ok() { SHARED } else { 0 });
+        result
+    }
+
+    /// KVM_RUN, to complete the access of the exit just seen; EINTR tells that there is no more of it.
+    pub(crate) fn complete(&self) -> Answer {
+        // SAFETY: as in `enter`.
+        let result = unsafe { sys::ioctl(self.fd.0, io(0x80), 0) };
+        self.set_fresh(SHARED);
+        result
+    }
+
+    /// The page shared with KVM.
+    pub(crate) fn run_page(&self) -> *mut kvm_run {
+        self.run
     }
 
     /// Makes the next [`Self::enter`] return with EINTR as soon as pending work is completed, or lets it run.

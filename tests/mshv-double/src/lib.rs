@@ -42,6 +42,7 @@ mod partition;
 mod prestate;
 mod property;
 mod registers;
+mod shared;
 mod state_pages;
 mod status;
 mod sys;

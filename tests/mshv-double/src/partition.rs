@@ -19,6 +19,7 @@ use crate::interrupt::Interrupts;
 use crate::kvm::{Kvm, Vm};
 use crate::memory::Memory;
 use crate::message::Kind;
+use crate::shared::SHARED;
 use crate::status::{self, Status};
 use crate::sys::{self, Answer, note};
 use crate::vp::{Vp, lock};
@@ -272,7 +273,9 @@ impl Partition {
         }
         self.require_initialized("CREATE_VP")?;
         let features = lock(&self.inner).features;
-        let vcpu = self.vm.create_vcpu(index, self.host.kvm.run_size()?)?;
+        let kvm = &self.host.kvm;
+        let shares = kvm.check_extension(KVM_CAP_SYNC_REGS) as u32 & SHARED == SHARED;
+        let vcpu = self.vm.create_vcpu(index, kvm.run_size()?, shares)?;
         let base = cpuid::base(&self.host.cpuid, &features, index);
         vcpu.set_cpuid(&base)?;
         // KVM draws its map of APIC identifiers before a new vCPU is in its list; setting a state redraws it.
