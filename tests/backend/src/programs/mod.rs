@@ -95,12 +95,13 @@ programs! {
     port_strings: outs_makes_one_access_an_element, ins_makes_one_access_an_element, downwards, counts_of_zero,
         buffers_across_pages, long_transfers;
     mmio: moves_of_all_widths, moves_of_immediates, extending_moves, byte_swapping_moves, sixteen_byte_moves, unaligned,
-        across_the_edge_of_memory, across_pages_of_devices, in_real_mode, in_segments_with_a_base, through_fs_and_gs,
+        across_the_edge_of_memory, across_pages_of_devices, in_real_mode, in_segments_with_a_base, in_sixteen_bit_protected_mode, through_fs_and_gs,
         every_register;
     mmio_operations: arithmetic, arithmetic_of_other_widths, comparisons_only_read, exchanges, compare_and_exchange,
         exchange_and_add, bit_operations, stack_operations, jumps_through_device_memory;
     mmio_strings: stores, moves_between_memory_and_device, moves_between_devices, loads, comparisons_and_scans,
-        a_page_fault_in_the_middle_of_a_store, a_page_fault_in_the_middle_of_a_move;
+        a_page_fault_in_the_middle_of_a_store, a_page_fault_in_the_middle_of_a_move,
+        a_move_in_the_middle_of_a_store;
     exceptions: divide_error, undefined_opcode, general_protection, page_faults, page_fault_beside_a_device,
         breakpoint_instruction, in_real_mode, pending_in_a_restored_state, denied_ports;
     modes: real_mode_segments_and_calls, protected_mode_loads_segments, from_real_to_long_mode, compatibility_mode,
