@@ -96,6 +96,8 @@ pub struct VmOptions {
     /// GSIs `0..ioapic_pins` belong to the user-space IOAPIC, whose end-of-interrupt messages are reported
     /// through [`ExitBus::end_of_interrupt`].
     pub ioapic_pins: u32,
+    /// Guests see Hyper-V's interface: a back end that must know it beforehand backs it. Without, its registers are not there.
+    pub hyperv: bool,
 }
 
 /// A range of guest-physical memory backed by this process's memory.
@@ -212,6 +214,11 @@ pub trait Vm: Send + Sync {
         pages: u64,
         words: &[u64],
     ) -> Result<()>;
+
+    /// Counters of the back end, by name. By default none.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 
     /// Reads the paravirtual clock. All vCPUs should be stopped.
     fn clock(&self) -> Result<MachineClock>;

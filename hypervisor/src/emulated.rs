@@ -7,6 +7,8 @@
 //!                     └── vectors ──────► VectorStore: the back end's XSAVE area
 //! ```
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use arch::x86_64::cpuid::{self, Cpuid};
 
 use crate::emulator::paging::{Paging, TableMemory};
@@ -18,6 +20,41 @@ use crate::{ExitBus, Result};
 
 /// Widest access of a device.
 const WIDEST: usize = 8;
+
+/// Instructions that were emulated for the guests of a machine.
+#[derive(Default)]
+pub(crate) struct Counters {
+    completed: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl Counters {
+    /// One more; `completed` unless the emulator could not do it.
+    pub(crate) fn count(&self, completed: bool) {
+        let counter = if completed {
+            &self.completed
+        } else {
+            &self.failed
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// For [`crate::Vm::counters`].
+    pub(crate) fn list(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            (
+                "emulated_instructions",
+                self.completed.load(Ordering::Relaxed),
+            ),
+            ("emulation_failures", self.failed.load(Ordering::Relaxed)),
+        ]
+    }
+
+    /// How many were completed.
+    pub(crate) fn completed(&self) -> u64 {
+        self.completed.load(Ordering::Relaxed)
+    }
+}
 
 /// Where a vCPU's vector registers are.
 pub(crate) trait VectorStore {

@@ -1,4 +1,4 @@
-//! Guest memory as the partition knows it, and what our own writes to it have dirtied.
+//! Guest memory as the hypervisor knows it, and what our own writes to it have dirtied.
 //!
 //! ```text
 //!   map / unmap ──► slots ──► the hypervisor's second-level address translation
@@ -106,6 +106,24 @@ impl Mapped {
         {
             word.fetch_or(1 << (page % 64), Ordering::Relaxed);
         }
+    }
+}
+
+/// ORs marks into the words of a dirty log, and takes them back if `forget`.
+pub(crate) fn add_marks(marks: &[AtomicU64], words: &mut [u64], forget: bool) {
+    for (mark, word) in marks.iter().zip(words) {
+        *word |= if forget {
+            mark.swap(0, Ordering::Relaxed)
+        } else {
+            mark.load(Ordering::Relaxed)
+        };
+    }
+}
+
+/// Takes those marks back whose bit is set in `words`, from word `first` on.
+pub(crate) fn clear_marks(marks: &[AtomicU64], first: usize, words: &[u64]) {
+    for (mark, word) in marks.iter().skip(first).zip(words) {
+        mark.fetch_and(!word, Ordering::Relaxed);
     }
 }
 

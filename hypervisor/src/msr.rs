@@ -6,13 +6,32 @@ const IA32_SMBASE: u32 = 0x9e;
 const SMBASE_AFTER_RESET: u64 = 0x3_0000;
 const IA32_PERF_CAPABILITIES: u32 = 0x345;
 
-/// Registers that some hosts give every vCPU a value of, though no guest of ours is told of them in CPUID.
+/// Whether nothing is lost by leaving a register as it is here, or without one: what some hosts give every vCPU though no guest of ours is
+/// told of it in CPUID, what only describes the host, and what still has its value after reset.
 pub(crate) fn cannot_have_used(msr: Msr) -> bool {
     match msr.index {
-        // CPUID.1:ECX.PDCM is hidden, and so are all Hyper-V leaves.
-        IA32_PERF_CAPABILITIES | 0x4000_0000..=0x4000_01ff => true,
+        // APIC base, EFER, the bases of FS and GS: they belong to the special registers.
+        0x1b | 0xc000_0080 | 0xc000_0100 | 0xc000_0101 => true,
+        // CPUID.1:ECX.PDCM is hidden. Of Hyper-V's interface a guest has at most identity, hypercall page and reference TSC (0, 1, 0x21), the
+        // counter that follows the machine's clock, its index, and frequencies that it cannot set.
+        IA32_PERF_CAPABILITIES | 0x4000_0002..=0x4000_0020 | 0x4000_0022..=0x4000_01ff => true,
         // Where it is after reset: the guest has never been in system management mode.
         IA32_SMBASE => msr.value == SMBASE_AFTER_RESET,
+        // Describe the host and cannot be written by a guest: microcode revision, platform information, MTRR and machine-check
+        // capabilities.
+        0x8b | 0xce | 0xfe | 0x179 => true,
+        // Locked, with VMX and SGX hidden: a guest can do nothing with it.
+        0x3a => true,
+        // Fast string operations, which are on after reset.
+        0x1a0 => msr.value & !1 == 0,
+        // Machine-check banks: a control register with everything enabled.
+        0x400..=0x47f => msr.index.is_multiple_of(4) && msr.value == u64::MAX,
+        // AMD: the TSC counts at the rate of P0 (HWCR 24), LFENCE serialises (DE_CFG 1), no TSC ratio.
+        0xc001_0015 => msr.value & !(1 << 24) == 0,
+        0xc001_1029 => msr.value & !(1 << 1) == 0,
+        0xc000_0104 => msr.value == 1 << 32,
+        // KVM polls before it halts a vCPU.
+        0x4b56_4d05 => msr.value == 1,
         _ => false,
     }
 }
@@ -39,6 +58,7 @@ fn name(index: u32) -> &'static str {
         0x3b => "IA32_TSC_ADJUST",
         0x48 => "IA32_SPEC_CTRL",
         0x8b => "IA32_BIOS_SIGN_ID",
+        0xce => "MSR_PLATFORM_INFO",
         0xc1..=0xc8 => "IA32_PMCx",
         0xe1 => "IA32_UMWAIT_CONTROL",
         0x10a => "IA32_ARCH_CAPABILITIES",

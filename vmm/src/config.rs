@@ -76,8 +76,8 @@ pub struct CpusConfig {
     /// Sockets, dies, cores and threads; all cores of one package by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<TopologyConfig>,
-    /// What the guest is shown of the processor: `host` (default) or `portable`, with which it can move between KVM
-    /// and the Microsoft hypervisor.
+    /// What the guest is shown of the processor: `host` (default), `portable` or `bare`, with which it can move between
+    /// KVM and the Microsoft hypervisor ([`CpuModel`]).
     #[serde(default)]
     pub model: CpuModel,
 }

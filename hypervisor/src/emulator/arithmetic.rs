@@ -179,23 +179,32 @@ impl Cpu<'_> {
         Ok(())
     }
 
-    /// CMPXCHG. The destination is written back unchanged on a mismatch, as the processor does.
+    /// CMPXCHG. The destination is written back unchanged on a mismatch if it is memory, as the processor does.
     pub(super) fn compare_exchange(&mut self, instruction: &Instruction) -> Step {
         let from = self.register(instruction, 1)?;
         let bytes = from.bytes;
         let value = self.get(from);
         let expected = self.part(reg::AX, bytes);
-        let old = self.update(instruction, |old| {
-            if old == expected {
-                (value, old)
-            } else {
-                (old, old)
+        let old = match self.place(instruction, 0)? {
+            Place::Register(to) => {
+                let old = self.get(to);
+                // A mismatch leaves the register alone, including the upper half of a 32-bit one.
+                if old == expected {
+                    self.set(to, value);
+                }
+                old
             }
-        })?;
+            Place::Memory(span) => {
+                self.update_span(&span, instruction.has_lock_prefix(), |old| {
+                    let old = old as u64;
+                    let new = if old == expected { value } else { old };
+                    (u128::from(new), old)
+                })?
+            }
+        };
         let (_, flags) = sub(bytes, expected, old, false);
         if old != expected {
             self.set_part(reg::AX, bytes, old);
-            // A mismatch leaves a 32-bit register destination as it was, including its upper half.
         }
         self.set_status(flags);
         Ok(())

@@ -1,6 +1,6 @@
 //! Branches, software interrupts and HLT.
 
-use iced_x86::{Code, Instruction, Mnemonic, OpKind};
+use iced_x86::{Code, Instruction, MemorySize, Mnemonic, OpKind};
 
 use super::cpu::rflags::{CF, OF, PF, SF, ZF};
 use super::cpu::{Cpu, Finish, Mode, SegmentName, reg};
@@ -30,21 +30,15 @@ impl Cpu<'_> {
     /// Makes `target` the next RIP if the code segment allows it. In 16- and 32-bit modes it is an offset
     /// already cut to the operand size.
     fn branch(&mut self, target: u64) -> Step {
-        self.check_target(target)?;
-        self.next_rip = target;
-        Ok(())
-    }
-
-    fn check_target(&self, target: u64) -> Step {
         let reachable = match self.mode {
             Mode::Bits64 => self.canonical(target),
             Mode::Bits16 | Mode::Bits32 => target <= u64::from(self.segment(SegmentName::Cs).limit),
         };
-        if reachable {
-            Ok(())
-        } else {
-            general_protection()
+        if !reachable {
+            return general_protection();
         }
+        self.next_rip = target;
+        Ok(())
     }
 
     /// Where a near branch leads, and its operand size in bytes.
@@ -53,7 +47,7 @@ impl Cpu<'_> {
             OpKind::NearBranch16 => Ok((instruction.near_branch_target(), 2)),
             OpKind::NearBranch32 => Ok((instruction.near_branch_target(), 4)),
             OpKind::NearBranch64 => Ok((instruction.near_branch_target(), 8)),
-            OpKind::Register | OpKind::Memory => {
+            OpKind::Register | OpKind::Memory if !is_far(instruction) => {
                 let bytes = self.operand_bytes(instruction, 0)?;
                 Ok((self.read(instruction, 0)?, bytes))
             }
@@ -63,17 +57,9 @@ impl Cpu<'_> {
 
     /// Jcc.
     pub(super) fn conditional_jump(&mut self, instruction: &Instruction, condition: u8) -> Step {
-        let (target, bytes) = self.target(instruction)?;
+        let (target, _) = self.target(instruction)?;
         if self.condition(condition) {
-            return self.branch(target);
-        }
-        self.fall_through(bytes)
-    }
-
-    /// A branch not taken. RIP is cut to the operand size all the same where that is 16 bits in 64-bit mode.
-    fn fall_through(&mut self, bytes: usize) -> Step {
-        if self.is_64bit() && bytes == 2 {
-            self.next_rip &= mask(2);
+            self.branch(target)?;
         }
         Ok(())
     }
@@ -81,7 +67,7 @@ impl Cpu<'_> {
     /// LOOP, LOOPE, LOOPNE, JCXZ, JECXZ, JRCXZ.
     pub(super) fn counted_jump(&mut self, instruction: &Instruction) -> Step {
         let bytes = counter_bytes(instruction.code())?;
-        let (target, target_bytes) = self.target(instruction)?;
+        let (target, _) = self.target(instruction)?;
         let count = self.part(reg::CX, bytes);
         let zero = self.flag(ZF);
         let (count_after, taken) = match instruction.mnemonic() {
@@ -98,8 +84,6 @@ impl Cpu<'_> {
         };
         if taken {
             self.branch(target)?;
-        } else {
-            self.fall_through(target_bytes)?;
         }
         if let Some(count) = count_after {
             self.set_part(reg::CX, bytes, count);
@@ -117,9 +101,11 @@ impl Cpu<'_> {
     pub(super) fn call(&mut self, instruction: &Instruction) -> Step {
         let (target, bytes) = self.target(instruction)?;
         let back = self.next_rip;
-        self.check_target(target)?;
-        self.push(bytes, back)?;
-        self.branch(target)
+        let (span, pointer) = self.below(bytes)?;
+        self.branch(target)?;
+        self.store(&span, back)?;
+        self.set_stack_pointer(pointer);
+        Ok(())
     }
 
     /// RET near.
@@ -194,6 +180,14 @@ impl Cpu<'_> {
         let span = self.span(SegmentName::Ss, pointer, bytes, AccessKind::Read)?;
         Ok((self.load(&span)?, pointer.wrapping_add(bytes as u64)))
     }
+}
+
+/// A far pointer in memory, which shares its mnemonic with the near forms.
+fn is_far(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.memory_size(),
+        MemorySize::SegPtr16 | MemorySize::SegPtr32 | MemorySize::SegPtr64
+    )
 }
 
 /// Width of the count register, which the address size decides.

@@ -4,7 +4,7 @@ use arch::x86_64::state::{GeneralRegisters, Segment, SpecialRegisters};
 
 use super::error::{Exception, Step};
 use super::platform::{Platform, VectorRegisters};
-use super::{CpuState, Options};
+use super::{CpuState, Options, Vendor};
 
 /// Bits of RFLAGS (SDM vol. 1, section 3.4.3).
 pub(super) mod rflags {
@@ -38,6 +38,8 @@ pub(super) mod control {
     pub(in crate::emulator) const CR4_OSFXSR: u64 = 1 << 9;
     pub(in crate::emulator) const CR4_UMIP: u64 = 1 << 11;
     pub(in crate::emulator) const CR4_LA57: u64 = 1 << 12;
+    pub(in crate::emulator) const CR4_FSGSBASE: u64 = 1 << 16;
+    pub(in crate::emulator) const CR4_CET: u64 = 1 << 23;
     pub(in crate::emulator) const CR4_OSXSAVE: u64 = 1 << 18;
     pub(in crate::emulator) const EFER_LMA: u64 = 1 << 10;
 }
@@ -279,11 +281,14 @@ pub(super) struct Commit {
 }
 
 impl Commit {
-    /// Commits the completed iterations of a REP instruction that failed or faulted later. RFLAGS stay as they
-    /// were before the instruction (SDM vol. 2, REP).
-    pub(super) fn iterations(&self, state: &mut CpuState) {
+    /// Commits the completed iterations of a REP instruction that failed or faulted later. Intel restores RFLAGS to what
+    /// they were before the instruction (SDM vol. 2, REP); AMD processors keep those of the last iteration.
+    pub(super) fn iterations(&self, state: &mut CpuState, vendor: Vendor) {
         let general = &mut state.general;
         store_registers(general, &self.regs);
+        if vendor == Vendor::Amd {
+            general.rflags = self.flags;
+        }
     }
 
     /// Commits an instruction that is `complete`, or one that repeats.

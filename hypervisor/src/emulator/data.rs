@@ -1,9 +1,10 @@
 //! Moves between general registers, memory, immediates and ports.
 
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic, OpKind, Register};
 
-use super::cpu::{Cpu, SegmentName, control, reg, rflags};
-use super::error::{Step, Stop, general_protection};
+use super::Vendor;
+use super::cpu::{Cpu, SegmentName, reg, rflags};
+use super::error::{Step, Stop, invalid_opcode};
 use super::operand::{gpr, is_memory, mask, segment_name, sign_extend};
 use super::platform::AccessKind;
 
@@ -34,8 +35,17 @@ impl Cpu<'_> {
     /// MOVSX and MOVSXD.
     pub(super) fn move_sign_extended(&mut self, instruction: &Instruction) -> Step {
         let bytes = self.operand_bytes(instruction, 1)?;
-        let value = sign_extend(self.read(instruction, 1)?, bytes);
-        self.write(instruction, 0, value)
+        let value = if instruction.code() == Code::Movsxd_r16_rm16
+            && is_memory(instruction, 1)
+            && self.options.vendor == Vendor::Amd
+        {
+            // AMD processors read four bytes all the same.
+            let span = self.memory(instruction, 4, AccessKind::Read)?;
+            self.load(&span)?
+        } else {
+            self.read(instruction, 1)?
+        };
+        self.write(instruction, 0, sign_extend(value, bytes))
     }
 
     /// MOVBE.
@@ -67,7 +77,7 @@ impl Cpu<'_> {
 
     /// XLAT.
     pub(super) fn translate_byte(&mut self, instruction: &Instruction) -> Step {
-        let name = segment_name(instruction.memory_segment()).ok_or(Stop::Unsupported)?;
+        let name = self.operand_segment(instruction)?;
         let base = gpr(instruction.memory_base()).ok_or(Stop::Unsupported)?;
         let offset = self.get(base).wrapping_add(self.part(reg::AX, 1)) & mask(base.bytes);
         let span = self.span(name, offset, 1, AccessKind::Read)?;
@@ -142,13 +152,18 @@ impl Cpu<'_> {
         Ok(())
     }
 
-    /// SMSW.
-    pub(super) fn store_machine_status(&mut self, instruction: &Instruction) -> Step {
-        if self.special.cr4 & control::CR4_UMIP != 0 && self.cpl != 0 {
-            return general_protection();
+    /// The opcodes that are reserved for hints. 0F 0D, a prefetch on AMD, is #UD there with a register.
+    pub(super) fn reserved_nop(&self, instruction: &Instruction) -> Step {
+        let prefetch = matches!(
+            instruction.code(),
+            Code::Reservednop_rm16_r16_0F0D
+                | Code::Reservednop_rm32_r32_0F0D
+                | Code::Reservednop_rm64_r64_0F0D
+        );
+        if prefetch && !is_memory(instruction, 0) && self.options.vendor == Vendor::Amd {
+            return invalid_opcode();
         }
-        let cr0 = self.special.cr0;
-        self.write(instruction, 0, cr0)
+        Ok(())
     }
 
     /// SALC.

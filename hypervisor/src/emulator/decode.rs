@@ -75,11 +75,18 @@ impl Cpu<'_> {
                         .fetch(&mut fetched.bytes, fetched.known)
                         .map_err(Failure::Stop)?;
                 }
-                DecoderError::NoMoreBytes => {
-                    return Err(Failure::Stop(Exception::with_code(vector::GP, 0).into()));
-                }
                 _ => return Err(self.undecodable(fetched, bitness, options)),
             }
+        }
+        let (prefixes, _) = fetched
+            .bytes
+            .split_at(fetched.instruction.len().saturating_sub(1));
+        // The decoder takes F3 REX.B 90, an XCHG with R8, for PAUSE.
+        if fetched.instruction.code() == Code::Pause
+            && self.mode == Mode::Bits64
+            && prefixes.last().is_some_and(|last| last & 0xf1 == 0x41)
+        {
+            return Err(Failure::Stop(Stop::Unsupported));
         }
         self.next_rip = self.mask_rip(self.rip.wrapping_add(fetched.instruction.len() as u64));
         Ok(())
@@ -90,11 +97,17 @@ impl Cpu<'_> {
     fn undecodable(&self, fetched: &Fetched, bitness: u32, options: u32) -> Failure {
         let known = &fetched.bytes[..fetched.known];
         let lenient = options | DecoderOptions::NO_INVALID_CHECK;
-        let decoded = Decoder::try_with_ip(bitness, known, self.rip, lenient)
-            .map(|mut decoder| decoder.decode().code());
-        match decoded {
-            Ok(code) if code != Code::INVALID => Failure::Stop(Exception::fault(vector::UD).into()),
-            _ => Failure::Undecodable,
+        let Ok(mut decoder) = Decoder::try_with_ip(bitness, known, self.rip, lenient) else {
+            return Failure::Undecodable;
+        };
+        let instruction = decoder.decode();
+        if instruction.code() != Code::INVALID {
+            Failure::Stop(Exception::fault(vector::UD).into())
+        } else if instruction.len() == MAX_INSTRUCTION_BYTES {
+            // It would go on: longer than an instruction may be.
+            Failure::Stop(Exception::with_code(vector::GP, 0).into())
+        } else {
+            Failure::Undecodable
         }
     }
 

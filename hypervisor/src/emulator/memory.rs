@@ -1,7 +1,7 @@
 //! Linear addresses: segmentation and alignment checks, pages, and accesses that may cross one.
 
 use super::cpu::{Cpu, SegmentName, access, control, rflags};
-use super::error::{Exception, Step, Stop, vector};
+use super::error::{Exception, Step, Stop, general_protection, vector};
 use super::platform::{Access, AccessKind, TranslateFailure};
 
 /// Bytes of the smallest page, which no access of the platform crosses.
@@ -21,6 +21,25 @@ pub(super) struct Span {
     bytes: usize,
 }
 
+impl Span {
+    /// `bytes` bytes (at least 1) of the span, from `start` on. They must lie within it.
+    pub(super) fn part(&self, start: usize, bytes: usize) -> Self {
+        if start >= self.first {
+            let within = (start - self.first) as u64;
+            return Self {
+                gpa: [self.gpa[1].wrapping_add(within), 0],
+                first: bytes,
+                bytes,
+            };
+        }
+        Self {
+            gpa: [self.gpa[0].wrapping_add(start as u64), self.gpa[1]],
+            first: (self.first - start).min(bytes),
+            bytes,
+        }
+    }
+}
+
 impl Cpu<'_> {
     /// The linear address of `bytes` bytes at `offset` in a segment, if the segment allows the access.
     pub(super) fn linear(
@@ -32,11 +51,7 @@ impl Cpu<'_> {
     ) -> Step<u64> {
         let segment = self.segment(name);
         if self.is_64bit() {
-            let base = match name {
-                SegmentName::Fs | SegmentName::Gs => segment.base,
-                _ => 0,
-            };
-            let linear = base.wrapping_add(offset);
+            let linear = self.base(name).wrapping_add(offset);
             let last = linear.wrapping_add(bytes.saturating_sub(1));
             if !self.canonical(linear) || !self.canonical(last) {
                 return self.segment_violation(name);
@@ -65,6 +80,15 @@ impl Cpu<'_> {
             return self.segment_violation(name);
         }
         Ok(segment.base.wrapping_add(offset) & 0xffff_ffff)
+    }
+
+    /// The base of a segment, which in 64-bit mode only FS and GS have.
+    fn base(&self, name: SegmentName) -> u64 {
+        match name {
+            SegmentName::Fs | SegmentName::Gs => self.segment(name).base,
+            _ if self.is_64bit() => 0,
+            _ => self.segment(name).base,
+        }
     }
 
     fn type_allows(&self, name: SegmentName, kind: AccessKind) -> bool {
@@ -107,8 +131,20 @@ impl Cpu<'_> {
         bytes: usize,
         kind: AccessKind,
     ) -> Step<Span> {
+        self.span_of(name, offset, bytes, bytes, kind)
+    }
+
+    /// As [`Self::span`], where alignment is a matter of elements of `element` bytes.
+    pub(super) fn span_of(
+        &mut self,
+        name: SegmentName,
+        offset: u64,
+        bytes: usize,
+        element: usize,
+        kind: AccessKind,
+    ) -> Step<Span> {
         let linear = self.linear(name, offset, bytes as u64, kind)?;
-        self.check_alignment(linear, bytes)?;
+        self.check_alignment(linear, element)?;
         self.span_at(linear, bytes, kind)
     }
 
@@ -120,14 +156,19 @@ impl Cpu<'_> {
         bytes: usize,
         kind: AccessKind,
     ) -> Step<Span> {
-        let linear = self.linear(name, offset, bytes as u64, kind)?;
-        if !linear.is_multiple_of(bytes as u64) {
-            return super::error::general_protection();
+        // Before the segment's own checks: where both fail, it is #GP even in SS.
+        if !self
+            .base(name)
+            .wrapping_add(offset)
+            .is_multiple_of(bytes as u64)
+        {
+            return general_protection();
         }
+        let linear = self.linear(name, offset, bytes as u64, kind)?;
         self.span_at(linear, bytes, kind)
     }
 
-    pub(super) fn span_at(&mut self, linear: u64, bytes: usize, kind: AccessKind) -> Step<Span> {
+    fn span_at(&mut self, linear: u64, bytes: usize, kind: AccessKind) -> Step<Span> {
         let in_page = (PAGE_BYTES - linear % PAGE_BYTES) as usize;
         let first = in_page.min(bytes);
         let mut gpa = [self.translate(linear, kind)?, 0];
@@ -141,12 +182,12 @@ impl Cpu<'_> {
         Ok(Span { gpa, first, bytes })
     }
 
-    /// #AC of SDM vol. 3, section 7.15. Only operands of up to 8 bytes have an alignment of their own here.
+    /// #AC (SDM vol. 3, section 7.15) for an operand whose width, a power of two, is its alignment.
     fn check_alignment(&self, linear: u64, bytes: usize) -> Step {
         let enabled = self.cpl == 3
             && self.flags_before & rflags::AC != 0
             && self.special.cr0 & control::CR0_AM != 0;
-        if enabled && matches!(bytes, 2 | 4 | 8) && !linear.is_multiple_of(bytes as u64) {
+        if enabled && bytes.is_power_of_two() && !linear.is_multiple_of(bytes as u64) {
             return Err(Exception::with_code(vector::AC, 0).into());
         }
         Ok(())

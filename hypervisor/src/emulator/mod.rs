@@ -60,8 +60,10 @@ mod data;
 mod decode;
 mod dispatch;
 mod error;
+mod lanes;
 mod memory;
 mod operand;
+mod packed;
 pub mod paging;
 mod platform;
 mod segment;
@@ -69,6 +71,7 @@ mod shifts;
 mod stack;
 mod string;
 mod system;
+mod tables;
 mod vector;
 
 use arch::x86_64::state::{GeneralRegisters, SpecialRegisters};
@@ -193,7 +196,7 @@ pub fn emulate(
         }
         Err(stop) => {
             if commit.progress {
-                commit.iterations(state);
+                commit.iterations(state, options.vendor);
             }
             match stop {
                 Stop::Exception(mut exception) => {

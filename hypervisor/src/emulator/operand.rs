@@ -137,13 +137,26 @@ impl Cpu<'_> {
         self.address_plus(instruction, 0)
     }
 
+    /// The segment of a memory operand. In 64-bit mode overrides other than FS and GS are ignored, also in the choice
+    /// between #SS and #GP.
+    pub(super) fn operand_segment(&self, instruction: &Instruction) -> Step<SegmentName> {
+        let name = segment_name(instruction.memory_segment()).ok_or(Stop::Unsupported)?;
+        if !self.is_64bit() || matches!(name, SegmentName::Fs | SegmentName::Gs) {
+            return Ok(name);
+        }
+        Ok(match instruction.memory_base() {
+            Register::RSP | Register::RBP | Register::ESP | Register::EBP => SegmentName::Ss,
+            _ => SegmentName::Ds,
+        })
+    }
+
     /// As [`Self::address`], with `extra` bytes added to the offset before it is cut to the address size.
     pub(super) fn address_plus(
         &self,
         instruction: &Instruction,
         extra: u64,
     ) -> Step<(SegmentName, u64)> {
-        let segment = segment_name(instruction.memory_segment()).ok_or(Stop::Unsupported)?;
+        let segment = self.operand_segment(instruction)?;
         let mut offset = instruction.memory_displacement64().wrapping_add(extra);
         let mut bytes = 0;
         match instruction.memory_base() {

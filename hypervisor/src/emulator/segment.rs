@@ -12,6 +12,14 @@ const TABLE_LDT: u16 = 1 << 2;
 /// Offset of the I/O map base in a 32- or 64-bit TSS (SDM vol. 3, figures 8-2 and 8-11).
 const TSS_IO_MAP_BASE: u64 = 102;
 
+/// A segment descriptor in a table.
+pub(super) struct Descriptor {
+    address: u64,
+    /// Its eight bytes.
+    pub(super) raw: u64,
+    pub(super) segment: Segment,
+}
+
 impl Cpu<'_> {
     /// Loads a data segment register (SDM vol. 2, MOV: "Loading a segment register").
     pub(super) fn load_segment(&mut self, name: SegmentName, selector: u16) -> Step {
@@ -55,9 +63,11 @@ impl Cpu<'_> {
         })
     }
 
-    fn described_segment(&mut self, name: SegmentName, selector: u16) -> Step<Segment> {
-        let code = u32::from(selector & !RPL);
-        let gp = || Stop::from(Exception::with_code(vector::GP, code));
+    /// The descriptor that a selector names; `None` beyond the table's limit, without a table, and for null.
+    pub(super) fn descriptor(&mut self, selector: u16) -> Step<Option<Descriptor>> {
+        if selector & !RPL == 0 {
+            return Ok(None);
+        }
         let index = u64::from(selector & !(RPL | TABLE_LDT));
         let (base, limit) = if selector & TABLE_LDT == 0 {
             let table = &self.special.gdt;
@@ -65,20 +75,32 @@ impl Cpu<'_> {
         } else {
             let table = &self.special.ldt;
             if table.access & access::UNUSABLE != 0 || table.access & access::PRESENT == 0 {
-                return Err(gp());
+                return Ok(None);
             }
             (table.base, u64::from(table.limit))
         };
         if index + 7 > limit {
-            return Err(gp());
+            return Ok(None);
         }
         let mut address = base.wrapping_add(index);
         if !self.long_mode_active() {
             address &= 0xffff_ffff;
         }
         let span = self.system_span(address, 8, AccessKind::Read)?;
-        let descriptor = self.load(&span)?;
-        let segment = parse(selector, descriptor);
+        let raw = self.load(&span)?;
+        Ok(Some(Descriptor {
+            address,
+            raw,
+            segment: parse(selector, raw),
+        }))
+    }
+
+    fn described_segment(&mut self, name: SegmentName, selector: u16) -> Step<Segment> {
+        let code = u32::from(selector & !RPL);
+        let gp = || Stop::from(Exception::with_code(vector::GP, code));
+        let Descriptor {
+            address, segment, ..
+        } = self.descriptor(selector)?.ok_or_else(gp)?;
         let rights = segment.access;
         let rpl = (selector & RPL) as u8;
         let dpl = access::dpl(&segment);

@@ -32,7 +32,7 @@ impl Cpu<'_> {
     }
 
     /// The stretch that a push of `bytes` will write, and the stack pointer after it.
-    fn below(&mut self, bytes: usize) -> Step<(Span, u64)> {
+    pub(super) fn below(&mut self, bytes: usize) -> Step<(Span, u64)> {
         let pointer = self.stack_pointer().wrapping_sub(bytes as u64) & mask(self.stack_bytes());
         let span = self.span(SegmentName::Ss, pointer, bytes, AccessKind::Write)?;
         Ok((span, pointer))
@@ -160,7 +160,9 @@ impl Cpu<'_> {
         } else {
             2
         };
-        let (span, pointer) = self.below(8 * bytes)?;
+        let total = 8 * bytes;
+        let pointer = self.stack_pointer().wrapping_sub(total as u64) & mask(self.stack_bytes());
+        let span = self.span_of(SegmentName::Ss, pointer, total, bytes, AccessKind::Write)?;
         let mut data = [0; 32];
         for (slot, index) in data.chunks_exact_mut(bytes).zip((0..8).rev()) {
             let value = self.part(index, bytes).to_le_bytes();
@@ -181,7 +183,7 @@ impl Cpu<'_> {
             2
         };
         let pointer = self.stack_pointer();
-        let span = self.span(SegmentName::Ss, pointer, 8 * bytes, AccessKind::Read)?;
+        let span = self.span_of(SegmentName::Ss, pointer, 8 * bytes, bytes, AccessKind::Read)?;
         let mut data = [0; 32];
         self.read_span(&span, &mut data)?;
         self.set_stack_pointer(pointer.wrapping_add(8 * bytes as u64));
@@ -213,15 +215,16 @@ impl Cpu<'_> {
         let at = |n: u64| top.wrapping_sub(n.wrapping_mul(step)) & stack_mask;
         let frame = at(1);
         let frame_pointer = self.regs[reg::BP];
-        // Whatever is written first must be certain to be followed by the rest: check all of it.
-        let pushes = if level == 0 { 1 } else { level + 1 };
-        for n in 1..=pushes {
-            self.span(SegmentName::Ss, at(n), bytes, AccessKind::Write)?;
-        }
+        // Whatever is written first must be certain to be followed by the rest: check all of it, in the
+        // processor's order.
+        self.span(SegmentName::Ss, frame, bytes, AccessKind::Write)?;
         for n in 1..level {
             let offset = frame_pointer.wrapping_sub(n * step) & stack_mask;
             self.span(SegmentName::Ss, offset, bytes, AccessKind::Read)?;
+            self.span(SegmentName::Ss, at(n + 1), bytes, AccessKind::Write)?;
         }
+        let pushes = if level == 0 { 1 } else { level + 1 };
+        self.span(SegmentName::Ss, at(pushes), bytes, AccessKind::Write)?;
         let pointer = at(pushes).wrapping_sub(reserve) & stack_mask;
         // The processor proves that the new top can be written (SDM vol. 2, ENTER).
         self.span(SegmentName::Ss, pointer, bytes, AccessKind::Write)?;

@@ -14,7 +14,7 @@ use super::alu;
 use super::cpu::rflags::{DF, TF, ZF};
 use super::cpu::{Cpu, Finish, SegmentName, reg};
 use super::error::{Step, Stop};
-use super::operand::{mask, segment_name};
+use super::operand::mask;
 use super::platform::AccessKind;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ impl Cpu<'_> {
             op,
             bytes,
             address_bytes: address_bytes(instruction)?,
-            source: segment_name(instruction.memory_segment()).unwrap_or(SegmentName::Ds),
+            source: self.operand_segment(instruction).unwrap_or(SegmentName::Ds),
             step: if self.flag(DF) {
                 (bytes as u64).wrapping_neg()
             } else {

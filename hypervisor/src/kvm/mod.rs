@@ -18,6 +18,7 @@
 //!   routes) is not asked before someone wants it.
 //! - AMX is offered where the kernel permits it: the permission is requested when KVM is opened, before any vCPU can exist,
 //!   because the size of the XSAVE area follows from it.
+//! - An instruction that KVM cannot emulate is tried by our own emulator (rescue.rs).
 //! - An exit that this code does not know becomes [`crate::VcpuExit::Fault`] with the registers; no exit panics.
 
 mod cpuid;
@@ -26,6 +27,7 @@ mod fault;
 mod host;
 mod ioctl;
 mod kick;
+mod rescue;
 mod routes;
 mod state;
 mod vcpu;

@@ -20,10 +20,12 @@ use mshv_bindings::{
 use mshv_ioctls::VcpuFd;
 
 use super::call;
-use crate::Result;
+use crate::{Error, Result};
 
 /// Highest leaf of a range that is asked for, should the hypervisor name more.
 const MOST_LEAVES: u32 = 0x40;
+/// Longest table of a vCPU, the same as KVM's: each entry costs the hypervisor memory.
+const MOST_ENTRIES: usize = 256;
 /// Most subleaves of a leaf.
 const MOST_SUBLEAVES: u32 = 64;
 
@@ -98,10 +100,11 @@ fn walk(mut ask: impl FnMut(u32, u32) -> Result<[u32; 4]>) -> Result<Cpuid> {
                             4 | 0x8000_001d => values[0] & 0x1f == 0,
                             _ => values == [0; 4],
                         };
+                        // The one that ends the list belongs to it.
+                        push(subleaf, values);
                         if ends {
                             break;
                         }
-                        push(subleaf, values);
                     }
                 }
                 Subleaves::Components => {
@@ -137,6 +140,12 @@ fn dynamic(leaf: u32, subleaf: u32) -> [u32; 4] {
 
 /// Makes the VP show `table`, and zeros where `shown` (what the hypervisor would show) has a leaf that the table has not.
 pub(crate) fn register(vp: &VcpuFd, index: u32, table: &Cpuid, shown: &Cpuid) -> Result<()> {
+    if table.entries.len() > MOST_ENTRIES {
+        return Err(Error::Invalid(format!(
+            "a CPUID table of {} entries is longer than the {MOST_ENTRIES} that a vCPU takes",
+            table.entries.len()
+        )));
+    }
     for entry in covering(table, shown) {
         register_entry(vp, index, &entry)?;
     }
@@ -227,9 +236,9 @@ mod tests {
             let entries = cpuid.entries.iter().filter(|e| e.leaf == leaf);
             entries.map(|e| e.subleaf).collect::<Vec<_>>()
         };
-        assert_eq!(of(4), [Some(0), Some(1), Some(2)]);
+        assert_eq!(of(4), [Some(0), Some(1), Some(2), Some(3)]);
         assert_eq!(of(7), [Some(0), Some(1)]);
-        assert_eq!(of(0xb), [Some(0), Some(1)]);
+        assert_eq!(of(0xb), [Some(0), Some(1), Some(2)]);
         assert_eq!(of(0xd), [Some(0), Some(1), Some(2), Some(8)]);
         assert_eq!(of(1), [None]);
         assert!(of(0x8000_0000).is_empty() && of(0x4000_0000).is_empty());

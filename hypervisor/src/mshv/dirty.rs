@@ -14,7 +14,6 @@
 //! belongs to the next fetch.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mshv_bindings::{
@@ -23,7 +22,7 @@ use mshv_bindings::{
 use mshv_ioctls::VmFd;
 
 use super::call;
-use crate::guest_memory::{Memory, PAGE, marks};
+use crate::guest_memory::{Memory, PAGE, add_marks, marks};
 use crate::{Error, MemorySlot, Result};
 
 /// Pages of one call: the kernel makes a table of them.
@@ -115,9 +114,8 @@ impl Tracking {
                 *word |= new;
             }
         })?;
-        let emulated = mapped.emulated.iter().flat_map(|words| words.iter());
-        for (word, emulated) in seen.iter_mut().zip(emulated) {
-            *word |= emulated.swap(0, Ordering::Relaxed);
+        if let Some(marks) = &mapped.emulated {
+            add_marks(marks, seen, true);
         }
         for (word, seen) in words.iter_mut().zip(seen) {
             *word |= std::mem::take(seen);

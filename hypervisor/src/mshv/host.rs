@@ -29,6 +29,9 @@ use crate::Result;
 /// and a guest has local APIC, timer and IPIs without them.
 const SYNTHETIC: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 11;
 
+/// The same for a guest that sees no such interface: only that there is a hypervisor (0).
+const BARE: u64 = 1;
+
 /// The opened `/dev/mshv` with its answers.
 pub(crate) struct Host {
     /// The device.
@@ -73,9 +76,9 @@ impl Host {
         })
     }
 
-    /// Makes a partition and initialises it: local APICs in the hypervisor, every processor feature that the host has, and the
-    /// means to tell the time.
-    pub(crate) fn create_partition(&self) -> Result<VmFd> {
+    /// Makes a partition and initialises it: local APICs in the hypervisor, every processor feature that the host has, and, if
+    /// `hyperv`, the means to tell the time.
+    pub(crate) fn create_partition(&self, hyperv: bool) -> Result<VmFd> {
         let flags = [
             MSHV_PT_BIT_LAPIC,
             MSHV_PT_BIT_X2APIC,
@@ -97,7 +100,7 @@ impl Host {
             .map_err(call("MSHV_CREATE_PARTITION"))?;
         // An early property: only between creation and initialisation.
         partition
-            .set_partition_property(SYNTHETIC_FEATURES, SYNTHETIC)
+            .set_partition_property(SYNTHETIC_FEATURES, if hyperv { SYNTHETIC } else { BARE })
             .map_err(call("HV_PARTITION_PROPERTY_SYNTHETIC_PROC_FEATURES"))?;
         partition
             .initialize()
@@ -125,7 +128,7 @@ impl Host {
         if let Some(asked) = self.asked.get() {
             return Ok(asked);
         }
-        let partition = self.create_partition()?;
+        let partition = self.create_partition(true)?;
         let vp = partition.create_vcpu(0).map_err(call("MSHV_CREATE_VP"))?;
         let asked = Asked {
             cpuid: cpuid::enumerate(&vp)?,

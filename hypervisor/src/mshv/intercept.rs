@@ -214,8 +214,12 @@ impl MshvVcpu {
         let outcome = loop {
             match emulate(&mut platform, &mut after, bytes, &options) {
                 Ok(Outcome::Repeating) if !running.kicked() => {}
-                Ok(outcome) => break outcome,
+                Ok(outcome) => {
+                    self.vm.emulation.count(true);
+                    break outcome;
+                }
                 Err(error) => {
+                    self.vm.emulation.count(false);
                     self.write_back(&before, &after)?;
                     return Ok(Some(self.fault(error.to_string(), bytes)));
                 }

@@ -123,9 +123,10 @@ impl Hypervisor for Mshv {
         self.host.msr_indices().map(<[u32]>::to_vec)
     }
 
-    fn create_vm(&self, _options: &VmOptions) -> Result<Arc<dyn Vm>> {
+    fn create_vm(&self, options: &VmOptions) -> Result<Arc<dyn Vm>> {
         // The IOAPIC's pins need not be known: every level-triggered interrupt's end is reported.
-        Ok(Arc::new(partition::MshvVm::new(Arc::clone(&self.host))?))
+        let host = Arc::clone(&self.host);
+        Ok(Arc::new(partition::MshvVm::new(host, options.hyperv)?))
     }
 }
 

@@ -14,6 +14,7 @@ use super::dirty::Tracking;
 use super::host::Host;
 use super::ioevents::PortEvents;
 use super::{call, interrupts, time, vcpu};
+use crate::emulated::Counters;
 use crate::guest_memory::{self, Mapped, Memory, PAGE};
 use crate::{Error, GsiRoute, IoEventAddress, IoEventMatch, MemorySlot, Msi, Result, Vcpu, Vm};
 
@@ -29,6 +30,8 @@ pub(crate) struct VmShared {
     pub port_events: PortEvents,
     /// VPs inside `run`.
     pub running: time::Running,
+    /// Instructions that were emulated here.
+    pub emulation: Counters,
 }
 
 /// A machine under the Microsoft hypervisor.
@@ -38,10 +41,10 @@ pub(crate) struct MshvVm {
 }
 
 impl MshvVm {
-    /// Creates and initialises a partition.
-    pub(crate) fn new(host: Arc<Host>) -> Result<Self> {
+    /// Creates and initialises a partition, with Hyper-V's interface or without.
+    pub(crate) fn new(host: Arc<Host>, hyperv: bool) -> Result<Self> {
         crate::signal::install_handler()?;
-        let fd = host.create_partition()?;
+        let fd = host.create_partition(hyperv)?;
         let running = time::Running::frozen(&fd)?;
         Ok(Self {
             shared: Arc::new(VmShared {
@@ -50,6 +53,7 @@ impl MshvVm {
                 memory: Memory::default(),
                 port_events: PortEvents::default(),
                 running,
+                emulation: Counters::default(),
             }),
             tracking: Tracking::default(),
         })
@@ -238,6 +242,10 @@ impl Vm for MshvVm {
     ) -> Result<()> {
         // A fetch has re-armed already.
         Ok(())
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.shared.emulation.list()
     }
 
     fn clock(&self) -> Result<MachineClock> {

@@ -43,7 +43,10 @@ fn start_cost() {
         let table = cpuid(&kvm, 0).expect("CPUID");
         lap();
         let vm = kvm
-            .create_vm(&VmOptions { ioapic_pins: 24 })
+            .create_vm(&VmOptions {
+                ioapic_pins: 24,
+                hyperv: false,
+            })
             .expect("create a machine");
         lap();
         let ram = Ram::new(RAM);

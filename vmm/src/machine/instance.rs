@@ -15,7 +15,7 @@ use std::sync::mpsc::Sender;
 
 use arch::x86_64::acpi;
 use arch::x86_64::boot::{self, BootError, BootSources};
-use arch::x86_64::cpuid::{CpuModel, Cpuid, can_be_portable, for_vcpu, of_model};
+use arch::x86_64::cpuid::{CpuModel, Cpuid, can_be_portable, for_vcpu, has_hyperv, of_model};
 use arch::x86_64::layout;
 use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
@@ -139,7 +139,8 @@ pub(super) fn offered_cpuid(
     if model == CpuModel::Portable && !can_be_portable(&hypervisor.enlightenments()?) {
         return Err(hypervisor::Error::Missing {
             what: "Hyper-V's reference counter, reference TSC and frequency registers, which a guest of the model \
-                   `portable` tells the time by (KVM of Linux 5.11 or later has them)",
+                   `portable` tells the time by (KVM has them from Linux 5.11 on if it was built with CONFIG_KVM_HYPERV); \
+                   the model `bare` does without",
         });
     }
     Ok(of_model(&hypervisor.supported_cpuid()?, model))
@@ -172,8 +173,13 @@ impl Instance {
         let ranges = plan.ram_ranges()?;
         let hypervisor = open_hypervisor(plan.config.hypervisor)?;
         let ram = Arc::new(GuestRam::new(&ranges, plan.config.memory.backing())?);
+        let cpuid = match plan.cpuid {
+            Some(cpuid) => cpuid,
+            None => offered_cpuid(&*hypervisor, plan.config.cpus.model)?,
+        };
         let vm = hypervisor.create_vm(&VmOptions {
             ioapic_pins: layout::IOAPIC_PINS,
+            hyperv: has_hyperv(&cpuid),
         })?;
         let slots: Vec<MemorySlot> = ram
             .regions()
@@ -199,10 +205,6 @@ impl Instance {
         devices.pause();
         let bus = Arc::new(MachineBus::new(pio, mmio, devices.ioapic()));
 
-        let cpuid = match plan.cpuid {
-            Some(cpuid) => cpuid,
-            None => offered_cpuid(&*hypervisor, plan.config.cpus.model)?,
-        };
         let vcpus = (0..plan.config.cpus.boot_vcpus)
             .map(|id| {
                 let mut vcpu = vm.create_vcpu(id)?;
@@ -325,7 +327,16 @@ impl Instance {
     }
 
     pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
-        BTreeMap::from([("bus".to_owned(), self.bus.counters())])
+        let hypervisor = self.vm.counters().into_iter();
+        BTreeMap::from([
+            ("bus".to_owned(), self.bus.counters()),
+            (
+                "hypervisor".to_owned(),
+                hypervisor
+                    .map(|(name, count)| (name.to_owned(), count))
+                    .collect(),
+            ),
+        ])
     }
 
     /// Stops vCPUs and devices: on return nothing of this machine writes guest memory.

@@ -23,7 +23,7 @@ mod vcpu;
 use serde::{Deserialize, Serialize};
 
 pub use self::compare::{MissingFeature, Register, missing_features};
-pub use self::model::{CpuModel, can_be_portable, of_model};
+pub use self::model::{CpuModel, can_be_portable, has_hyperv, of_model};
 pub use self::policy::policy;
 pub use self::vcpu::for_vcpu;
 

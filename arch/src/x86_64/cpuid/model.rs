@@ -2,12 +2,14 @@
 //!
 //! ```text
 //!   host's supported CPUID ──► policy ──► host
-//!                                └──────► without KVM's interface and deadline timer, with Hyper-V's clock ──► portable
+//!                                └──────► without any hypervisor's interface, without the deadline timer ──► bare
+//!                                            └──────► with the clock of Hyper-V's interface ───────────────► portable
 //! ```
 //!
-//! A guest that sees KVM's clock cannot go where nobody keeps that clock. The model [`CpuModel::Portable`] has in its place
-//! the part of Hyper-V's interface that KVM has too: reference counter, reference TSC page and frequency registers (TLFS, "Timers").
-//! Their state is a few MSRs and the machine's clock, which both keep.
+//! A guest that sees KVM's clock cannot go where nobody keeps that clock. [`CpuModel::Portable`] has in its place the part of
+//! Hyper-V's interface that KVM has too: reference counter, reference TSC page and frequency registers (TLFS, "Timers"). Their state is
+//! a few MSRs and the machine's clock, which both keep. [`CpuModel::Bare`] has neither: it can go wherever the processor's own features
+//! are, but its guest must find out by itself how fast its timers run.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,8 +22,12 @@ pub enum CpuModel {
     /// What the host and its hypervisor offer.
     #[default]
     Host,
-    /// The same without what only one hypervisor has: the guest can move between KVM and the Microsoft hypervisor.
+    /// The same without what only one hypervisor has, and with the clock that KVM and the Microsoft hypervisor both keep: the guest can
+    /// move between them.
     Portable,
+    /// The same without any hypervisor's interface. It can move like a portable one, also where KVM was built without
+    /// Hyper-V's clock; a guest that needs to be told the frequency of its timers does not boot on it.
+    Bare,
 }
 
 /// Leaf 0x4000_0003 EAX: time reference count (1), hypercall (5), VP index (6), reference TSC (9), frequencies (11).
@@ -59,25 +65,31 @@ fn hyperv_leaves() -> [CpuidEntry; 6] {
 /// What a host's supported CPUID becomes for a guest of this model.
 pub fn of_model(host: &Cpuid, model: CpuModel) -> Cpuid {
     let mut cpuid = policy(host);
-    if model == CpuModel::Portable {
+    if model != CpuModel::Host {
         cpuid
             .entries
             .retain(|entry| !(0x4000_0000..0x5000_0000).contains(&entry.leaf));
         if let Some(leaf) = cpuid.get_mut(1, 0) {
             leaf.ecx &= !LEAF1_ECX_TSC_DEADLINE;
         }
-        cpuid.entries.extend(hyperv_leaves());
+        if model == CpuModel::Portable {
+            cpuid.entries.extend(hyperv_leaves());
+        }
         cpuid.entries.sort_unstable_by_key(|e| (e.leaf, e.subleaf));
     }
     cpuid
 }
 
+/// Whether a guest that sees this has Hyper-V's interface.
+pub fn has_hyperv(cpuid: &Cpuid) -> bool {
+    cpuid
+        .get(0x4000_0001, 0)
+        .is_some_and(|leaf| leaf.eax == u32::from_le_bytes(*b"Hv#1"))
+}
+
 /// Whether the Hyper-V interface that a host can offer has all that a portable guest is shown.
 pub fn can_be_portable(offered: &Cpuid) -> bool {
-    let is_hyperv = offered
-        .get(0x4000_0001, 0)
-        .is_some_and(|leaf| leaf.eax == u32::from_le_bytes(*b"Hv#1"));
-    is_hyperv
+    has_hyperv(offered)
         && offered.get(0x4000_0003, 0).is_some_and(|leaf| {
             leaf.eax & FEATURES_EAX == FEATURES_EAX && leaf.edx & FEATURES_EDX == FEATURES_EDX
         })
@@ -120,6 +132,9 @@ mod tests {
                 .all(|pair| (pair[0].leaf, pair[0].subleaf) < (pair[1].leaf, pair[1].subleaf))
         );
         assert_eq!(of_model(&host(), CpuModel::Host), policy(&host()));
+        let bare = of_model(&host(), CpuModel::Bare);
+        assert!(!has_hyperv(&bare) && bare.kvm_base().is_none());
+        assert_eq!(bare.get(1, 0), portable.get(1, 0));
     }
 
     #[test]

@@ -16,7 +16,7 @@
 //!
 //! A restore that KVM refuses names the element ([`Error::StateRefused`]); what the guest cannot have used is skipped.
 
-mod events;
+pub(crate) mod events;
 pub(crate) mod msrs;
 mod nested;
 pub(crate) mod registers;

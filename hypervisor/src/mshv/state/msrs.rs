@@ -73,6 +73,8 @@ const NAMES: [(u32, u32); 24] = [
     (0xc000_0084, SFMASK),
     (0xc000_0103, TSC_AUX),
 ];
+/// Hyper-V's.
+const HYPERV: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 const IA32_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// The register that an MSR is here.
@@ -120,16 +122,31 @@ pub(crate) fn readable(vp: &VcpuFd) -> Result<Vec<u32>> {
 
 pub(super) fn save(vcpu: &MshvVcpu, state: &mut VcpuState) -> Result<()> {
     let indices = vcpu.vm.host.msr_indices()?;
-    let names: Vec<u32> = indices
+    let names: Vec<(u32, u32)> = indices
         .iter()
-        .filter_map(|&index| register_name(index))
+        .filter_map(|&index| Some((index, register_name(index)?)))
         .collect();
-    let values = registers::read(&vcpu.fd, &names)?;
-    state.msrs = indices
-        .iter()
-        .zip(values)
-        .map(|(&index, [value, _])| Msr { index, value })
-        .collect();
+    // Hyper-V's registers fail where the guest does not have that interface, and are all that may.
+    let (synthetic, own): (Vec<_>, Vec<_>) = names
+        .into_iter()
+        .partition(|(index, _)| HYPERV.contains(index));
+    let values = registers::read(
+        &vcpu.fd,
+        &own.iter().map(|(_, name)| *name).collect::<Vec<_>>(),
+    )?;
+    let own = own.iter().zip(values).map(|((index, _), [value, _])| Msr {
+        index: *index,
+        value,
+    });
+    let synthetic = synthetic.iter().filter_map(|(index, name)| {
+        let [value, _] = *registers::read(&vcpu.fd, &[*name]).ok()?.first()?;
+        Some(Msr {
+            index: *index,
+            value,
+        })
+    });
+    state.msrs = own.chain(synthetic).collect();
+    state.msrs.sort_unstable();
     Ok(())
 }
 

@@ -75,7 +75,10 @@ impl Guest {
 
     /// The same with another CPUID.
     pub fn with_cpuid(hypervisor: &dyn Hypervisor, cpuid: &Cpuid) -> Outcome<Self> {
-        let vm = hypervisor.create_vm(&VmOptions { ioapic_pins: 24 })?;
+        let vm = hypervisor.create_vm(&VmOptions {
+            ioapic_pins: 24,
+            hyperv: false,
+        })?;
         let ram = Ram::new(RAM);
         tables::write(&ram)?;
         let slot = ram.slot(0, 0);
