@@ -116,11 +116,12 @@ programs! {
         the_list_is_sorted_and_complete;
     time: the_counter_never_goes_back, the_counter_goes_on_after_a_restore, two_counters_are_in_step,
         two_counters_are_in_step_after_a_restore, the_deadline_timer_wakes, the_clock_goes_on_from_where_it_was_read;
-    debug: registers_keep_their_values, breakpoints, single_steps;
+    debug: registers_keep_their_values, breakpoints, single_steps, single_steps_over_reads,
+        single_steps_over_writes;
     floating_point: sse_over_exits, sse_over_a_move, avx_over_exits, avx_over_a_move;
     state: every_element_travels, a_guest_goes_on_where_it_was, a_loop_moved_again_and_again, halted_guests_wake_elsewhere,
         what_cannot_be_taken_is_refused_by_name, impossible_registers_are_refused, xsave_areas_of_other_sizes_are_taken;
-    dirty_log: exactly_what_was_written, marks_stay_until_they_are_cleared, slots_that_fill_no_word, long_stores,
+    dirty_log: exactly_what_was_written, marks_stay_until_they_are_cleared, slots_that_fill_no_word, long_stores, data_of_devices,
         writes_in_ring_3, started_again, wrong_ranges_are_refused, slots_that_come_and_go;
     memory_slots: taken_away_becomes_a_device, read_only, added_under_a_running_vcpu, removed_under_a_running_vcpu,
         moved_elsewhere, bad_ones_are_refused;
