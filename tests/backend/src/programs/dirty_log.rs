@@ -211,8 +211,8 @@ pub(super) fn data_of_devices(hypervisor: &dyn Hypervisor) -> Outcome {
             a.mov(ecx, 3)?;
             a.rep().insd()?;
             a.mov(esi, MMIO as u32)?;
-            a.mov(edi, 0x7_0000)?;
-            a.mov(ecx, 4)?;
+            a.mov(edi, 0x7_0f00)?;
+            a.mov(ecx, 0x240)?;
             a.rep().movsq()?;
             a.mov(edi, 0x8_0ff8)?;
             a.movsq()?;
@@ -232,7 +232,7 @@ pub(super) fn data_of_devices(hypervisor: &dyn Hypervisor) -> Outcome {
         for round in 0..2 {
             guest.run()?;
             let seen = written(drain(&*vm, slot)?);
-            let expected = BTreeSet::from([0x60, 0x61, 0x70, 0x80]);
+            let expected = BTreeSet::from([0x60, 0x61, 0x70, 0x71, 0x72, 0x80]);
             same!(
                 seen,
                 expected,
