@@ -12,9 +12,12 @@ pub(crate) fn cannot_have_used(msr: Msr) -> bool {
     match msr.index {
         // APIC base, EFER, the bases of FS and GS: they belong to the special registers.
         0x1b | 0xc000_0080 | 0xc000_0100 | 0xc000_0101 => true,
-        // CPUID.1:ECX.PDCM is hidden. Of Hyper-V's interface a guest has at most identity, hypercall page and reference TSC (0, 1, 0x21), the
-        // counter that follows the machine's clock, its index, and frequencies that it cannot set.
-        IA32_PERF_CAPABILITIES | 0x4000_0002..=0x4000_0020 | 0x4000_0022..=0x4000_01ff => true,
+        // CPUID.1:ECX.PDCM is hidden.
+        IA32_PERF_CAPABILITIES => true,
+        // Of Hyper-V's interface a guest has at most identity, hypercall page, reference TSC and assist page, the counter that follows the
+        // machine's clock, its index, and frequencies that it cannot set.
+        0x4000_0000 | 0x4000_0001 | 0x4000_0021 | 0x4000_0073 => false,
+        0x4000_0002..=0x4000_01ff => true,
         // Where it is after reset: the guest has never been in system management mode.
         IA32_SMBASE => msr.value == SMBASE_AFTER_RESET,
         // Describe the host and cannot be written by a guest: microcode revision, platform information, MTRR and machine-check

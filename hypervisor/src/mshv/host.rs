@@ -22,12 +22,12 @@ use crate::Result;
 /// HV_PARTITION_SYNTHETIC_PROCESSOR_FEATURES (TLFS; Linux `include/hyperv/hvhdk.h`): what a guest gets of Hyper-V's interface.
 ///
 /// That there is a hypervisor (0) with the interface "Hv#1" (1); reference counter (3), reference TSC (9) and frequencies (11): the
-/// means to tell the time, which every guest needs where no timer chip is emulated; VP index (8) and hypercall page (7), which Linux
-/// wants before it takes up the clock.
+/// means to tell the time, which every guest needs where no timer chip is emulated; hypercall page (7) and VP index (8), without which
+/// Linux takes none of it, and the interrupt controller's registers (6), to which the assist page belongs that it sets up then.
 ///
-/// Not among them: SynIC and synthetic timers (4, 5), assists, flushes and idle registers. Their state would have to move too,
-/// and a guest has local APIC, timer and IPIs without them.
-const SYNTHETIC: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 11;
+/// Not among them: SynIC and synthetic timers (4, 5), flushes and idle registers. Their state would have to move too, and a guest has
+/// local APIC, timer and IPIs without them.
+const SYNTHETIC: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 11;
 
 /// The same for a guest that sees no such interface: only that there is a hypervisor (0).
 const BARE: u64 = 1;

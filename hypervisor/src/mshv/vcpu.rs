@@ -20,11 +20,16 @@ use super::partition::VmShared;
 use super::{call, cpuid, registers, state};
 use crate::{Error, ExitBus, FaultDetails, Result, Vcpu, VcpuExit, VcpuKick};
 
+/// CPUID.7:EDX.ARCH_CAPABILITIES.
+const LEAF7_EDX_ARCH_CAPABILITIES: u32 = 1 << 29;
+
 /// A vCPU under the Microsoft hypervisor.
 pub(crate) struct MshvVcpu {
     pub(super) fd: VcpuFd,
     pub(super) vm: Arc<VmShared>,
     pub(super) id: u32,
+    /// CPUID tells the guest of IA32_ARCH_CAPABILITIES.
+    pub(super) arch_capabilities: bool,
     kick: Arc<KickHandle>,
     /// The thread that has the kick signal unblocked.
     unblocked: Option<libc::pthread_t>,
@@ -41,6 +46,7 @@ impl MshvVcpu {
             fd,
             vm,
             id,
+            arch_capabilities: false,
             kick: Arc::default(),
             unblocked: None,
         })
@@ -87,7 +93,11 @@ impl Vcpu for MshvVcpu {
     }
 
     fn set_cpuid(&mut self, cpuid: &Cpuid) -> Result<()> {
-        cpuid::register(&self.fd, self.id, cpuid, self.vm.host.supported_cpuid()?)
+        cpuid::register(&self.fd, self.id, cpuid, self.vm.host.supported_cpuid()?)?;
+        self.arch_capabilities = cpuid
+            .get(7, 0)
+            .is_some_and(|leaf| leaf.edx & LEAF7_EDX_ARCH_CAPABILITIES != 0);
+        Ok(())
     }
 
     fn cpuid(&self) -> Result<Cpuid> {

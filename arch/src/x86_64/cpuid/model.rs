@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   host's supported CPUID ──► policy ──► host
-//!                                └──────► without any hypervisor's interface, without the deadline timer ──► bare
+//!                                └──────► without any hypervisor's interface, deadline timer, protection keys ► bare
 //!                                            └──────► with the clock of Hyper-V's interface ───────────────► portable
 //! ```
 //!
@@ -30,12 +30,46 @@ pub enum CpuModel {
     Bare,
 }
 
-/// Leaf 0x4000_0003 EAX: time reference count (1), hypercall (5), VP index (6), reference TSC (9), frequencies (11).
+/// Leaf 0x4000_0003 EAX: time reference count (1), reference TSC (9), frequencies (11); and hypercall (5) and VP index (6), without which
+/// Linux takes the whole interface for absent. It then sets up a hypercall page and an assist page for each vCPU, whose registers move
+/// like the others.
 const FEATURES_EAX: u32 = bit(1) | bit(5) | bit(6) | bit(9) | bit(11);
 /// Leaf 0x4000_0003 EDX: the frequency registers are there (8).
 const FEATURES_EDX: u32 = bit(8);
 /// CPUID.1:ECX.TSC_DEADLINE. Not every local APIC of the Microsoft hypervisor has that mode.
 const LEAF1_ECX_TSC_DEADLINE: u32 = bit(24);
+
+/// CPUID.7:ECX.PKU and OSPKE. The processor feature banks of a partition have no bit for protection keys, so no guest of the Microsoft
+/// hypervisor has them.
+const LEAF7_ECX_PROTECTION_KEYS: u32 = bit(3) | bit(4);
+/// CPUID.7:EDX, IA32_ARCH_CAPABILITIES and IA32_CORE_CAPABILITIES: no register of a VP stands for them, so they cannot be made what they
+/// were elsewhere.
+const LEAF7_EDX_CAPABILITY_MSRS: u32 = bit(29) | bit(30);
+/// XSTATE component of protection keys (SDM vol. 1, section 13.1).
+const PKRU: u32 = 9;
+/// End of the header of an XSAVE area (SDM vol. 1, section 13.4.2).
+const XSAVE_HEADER_END: u32 = 576;
+
+/// Takes an XSTATE component out of leaf 0xd: its bit, its description, and its part of the largest area.
+fn without_state(cpuid: &mut Cpuid, component: u32) {
+    cpuid
+        .entries
+        .retain(|entry| (entry.leaf, entry.subleaf) != (0xd, Some(component)));
+    let ends = cpuid
+        .entries
+        .iter()
+        .filter(|entry| entry.leaf == 0xd && entry.subleaf.is_some_and(|subleaf| subleaf >= 2))
+        // Supervisor components (ECX bit 0) are not in the standard format.
+        .filter(|entry| entry.ecx & 1 == 0)
+        .map(|entry| entry.ebx.saturating_add(entry.eax));
+    let size = ends.max().unwrap_or(0).max(XSAVE_HEADER_END);
+    if let Some(leaf) = cpuid.get_mut(0xd, 0)
+        && leaf.eax & bit(component) != 0
+    {
+        leaf.eax &= !bit(component);
+        leaf.ecx = size;
+    }
+}
 
 /// Hyper-V's leaves as a portable guest sees them (TLFS, "Feature and interface discovery"): vendor, interface, version, features,
 /// recommendations (none; EBX: never report long spin waits), limits (none stated).
@@ -72,6 +106,11 @@ pub fn of_model(host: &Cpuid, model: CpuModel) -> Cpuid {
         if let Some(leaf) = cpuid.get_mut(1, 0) {
             leaf.ecx &= !LEAF1_ECX_TSC_DEADLINE;
         }
+        if let Some(leaf) = cpuid.get_mut(7, 0) {
+            leaf.ecx &= !LEAF7_ECX_PROTECTION_KEYS;
+            leaf.edx &= !LEAF7_EDX_CAPABILITY_MSRS;
+        }
+        without_state(&mut cpuid, PKRU);
         if model == CpuModel::Portable {
             cpuid.entries.extend(hyperv_leaves());
         }
@@ -135,6 +174,37 @@ mod tests {
         let bare = of_model(&host(), CpuModel::Bare);
         assert!(!has_hyperv(&bare) && bare.kvm_base().is_none());
         assert_eq!(bare.get(1, 0), portable.get(1, 0));
+    }
+
+    #[test]
+    fn protection_keys_go_with_their_state() {
+        let mut host = host();
+        let leaf = |leaf, subleaf, eax, ebx, ecx| CpuidEntry {
+            leaf,
+            subleaf: Some(subleaf),
+            eax,
+            ebx,
+            ecx,
+            edx: 0,
+        };
+        host.entries.extend([
+            leaf(7, 0, 0, 0, bit(3) | bit(2)),
+            leaf(0xd, 0, 0x207, 0xa88, 0xa88),
+            leaf(0xd, 2, 0x100, 0x240, 0),
+            leaf(0xd, 9, 8, 0xa80, 0),
+        ]);
+        let bare = of_model(&host, CpuModel::Bare);
+        assert_eq!(bare.get(7, 0).expect("leaf 7").ecx, bit(2));
+        let states = bare.get(0xd, 0).expect("leaf 0xd");
+        assert_eq!((states.eax, states.ecx), (7, 0x340));
+        assert!(
+            !bare
+                .entries
+                .iter()
+                .any(|entry| (entry.leaf, entry.subleaf) == (0xd, Some(9)))
+        );
+        let all = of_model(&host, CpuModel::Host);
+        assert_eq!(all.get(0xd, 0).expect("leaf 0xd").eax, 0x207);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use arch::x86_64::state::{Msr, StateElement, VcpuState};
 use mshv_bindings::{
     hv_register_name_HV_REGISTER_GUEST_OS_ID as GUEST_OS_ID,
     hv_register_name_HV_REGISTER_REFERENCE_TSC as REFERENCE_TSC,
+    hv_register_name_HV_REGISTER_VP_ASSIST_PAGE as VP_ASSIST_PAGE,
     hv_register_name_HV_X64_REGISTER_BNDCFGS as BNDCFGS,
     hv_register_name_HV_X64_REGISTER_CSTAR as CSTAR,
     hv_register_name_HV_X64_REGISTER_DEBUG_CTL as DEBUG_CTL,
@@ -41,13 +42,14 @@ use crate::msr::{cannot_have_used, refusal};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
+const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// HvX64RegisterTscDeadline (TLFS, register names), which the bindings lack.
 const TSC_DEADLINE: u32 = 0x0008_0095;
 
 /// MSR indices (SDM vol. 4; TLFS for those of 0x4000_0000 on) and the registers that they are. The bases of FS and GS, EFER and the
 /// APIC base belong to the special registers.
-const NAMES: [(u32, u32); 24] = [
+const NAMES: [(u32, u32); 25] = [
     (IA32_TSC, TSC),
     (IA32_TSC_ADJUST, TSC_ADJUST),
     (0x48, SPEC_CTRL),
@@ -67,12 +69,15 @@ const NAMES: [(u32, u32); 24] = [
     (0x4000_0000, GUEST_OS_ID),
     (0x4000_0001, HYPERCALL),
     (0x4000_0021, REFERENCE_TSC),
+    (0x4000_0073, VP_ASSIST_PAGE),
     (0xc000_0081, STAR),
     (0xc000_0082, LSTAR),
     (0xc000_0083, CSTAR),
     (0xc000_0084, SFMASK),
     (0xc000_0103, TSC_AUX),
 ];
+/// KVM's own (Linux Documentation/virt/kvm/x86/msr.rst).
+const KVM: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4d08;
 /// Hyper-V's.
 const HYPERV: std::ops::RangeInclusive<u32> = 0x4000_0000..=0x4000_01ff;
 const IA32_KERNEL_GS_BASE: u32 = 0xc000_0102;
@@ -157,6 +162,9 @@ pub(super) fn restore(vcpu: &MshvVcpu, state: &VcpuState) -> Result<()> {
         .partition(|msr| here.binary_search(&msr.index).is_ok());
     let lost = unknown
         .into_iter()
+        .filter(|msr| msr.index != IA32_ARCH_CAPABILITIES || vcpu.arch_capabilities)
+        // A guest that was told of KVM's interface is refused before it gets here.
+        .filter(|msr| !KVM.contains(&msr.index))
         .find(|&msr| msr.value != 0 && !cannot_have_used(msr));
     if let Some(lost) = lost {
         return Err(refused(vcpu, StateElement::Msrs, refusal(lost, None)));
