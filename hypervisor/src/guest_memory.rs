@@ -315,7 +315,8 @@ mod tests {
             [7u64.to_le_bytes(); 2].concat(),
             [1u64.to_le_bytes(); 2].concat(),
         );
-        if std::is_x86_feature_detected!("cmpxchg16b") && bytes.as_ptr() as u64 % 16 == 0 {
+        if std::is_x86_feature_detected!("cmpxchg16b") && (bytes.as_ptr() as u64).is_multiple_of(16)
+        {
             assert_eq!(
                 memory.compare_exchange(0x10_0010, &wide_old, &wide_new),
                 Some(true)

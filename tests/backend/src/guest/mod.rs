@@ -129,10 +129,7 @@ impl Guest {
     pub fn protected(hypervisor: &dyn Hypervisor, code: Code<'_>) -> Outcome<Self> {
         let mut guest = Self::new(hypervisor)?;
         guest.place(32, CODE, code)?;
-        guest.change(|state| {
-            tables::enter_protected_mode(&mut state.special, CODE32, tables::DATA);
-            start(state);
-        })?;
+        guest.enter_protected_mode(CODE32)?;
         Ok(guest)
     }
 
@@ -161,6 +158,14 @@ impl Guest {
             for segment in [&mut s.cs, &mut s.ds, &mut s.es, &mut s.ss] {
                 (segment.selector, segment.base) = (0, 0);
             }
+            start(state);
+        })
+    }
+
+    /// Puts the vCPU into protected mode without paging, with this code segment and flat data.
+    pub fn enter_protected_mode(&mut self, code: u16) -> Outcome {
+        self.change(|state| {
+            tables::enter_protected_mode(&mut state.special, code);
             start(state);
         })
     }

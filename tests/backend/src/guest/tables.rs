@@ -185,9 +185,8 @@ pub(super) fn enter_long_mode(special: &mut SpecialRegisters, ring: u16) {
 }
 
 /// Puts the vCPU into 32-bit protected mode without paging.
-pub(super) fn enter_protected_mode(special: &mut SpecialRegisters, code: u16, data: u16) {
-    enter(special, code, data);
-    special.ss = loaded(DATA);
+pub(super) fn enter_protected_mode(special: &mut SpecialRegisters, code: u16) {
+    enter(special, code, DATA);
     special.cr0 = 0x31;
 }
 

@@ -4,7 +4,7 @@ use hypervisor::Hypervisor;
 use iced_x86::code_asm::*;
 
 use super::no_breakpoints_here;
-use crate::guest::{CODE, DATA, Guest, Idioms as _, MORE_DATA};
+use crate::guest::{Access, CODE, DATA, Guest, Idioms as _, MMIO, MORE_DATA};
 use crate::outcome::{Outcome, ensure, same};
 
 /// DR6 with no condition set (SDM vol. 3, section 18.2.3).
@@ -136,20 +136,54 @@ pub(super) fn single_steps(hypervisor: &dyn Hypervisor) -> Outcome {
         a.nop()?;
         a.stop_for_good()
     })?;
-    guest.change(|state| state.general.rflags |= TF)?;
-    for behind in [1, 3, 4] {
+    steps(&mut guest, &[1, 3, 4])
+}
+
+/// Instructions that leave the guest are steps too.
+pub(super) fn single_steps_over_reads(hypervisor: &dyn Hypervisor) -> Outcome {
+    let mut guest = Guest::user(hypervisor, &|a| {
+        a.mov(eax, dword_ptr(rdi))?;
+        a.in_(al, 0x51)?;
+        a.nop()?;
+        a.stop_for_good()
+    })?;
+    steps(&mut guest, &[2, 4, 5])?;
+    let expected = [Access::Read(MMIO, 4), Access::In(0x51, 1)];
+    same!(guest.bus.take(), expected, "accesses, each made once");
+    Ok(())
+}
+
+pub(super) fn single_steps_over_writes(hypervisor: &dyn Hypervisor) -> Outcome {
+    let mut guest = Guest::user(hypervisor, &|a| {
+        a.mov(byte_ptr(rdi), al)?;
+        a.out(0x51, al)?;
+        a.nop()?;
+        a.stop_for_good()
+    })?;
+    guest.change(|state| state.general.rax = 7)?;
+    steps(&mut guest, &[2, 4, 5])?;
+    let expected = [Access::Write(MMIO, vec![7]), Access::Out(0x51, vec![7])];
+    same!(guest.bus.take(), expected, "accesses, each made once");
+    Ok(())
+}
+
+/// Steps to each of these offsets and then lets the guest run. RDI is [`MMIO`].
+fn steps(guest: &mut Guest, behind: &[u64]) -> Outcome {
+    guest.change(|state| {
+        state.general.rflags |= TF;
+        state.general.rdi = MMIO;
+    })?;
+    for offset in behind {
         let fault = guest.run_to_fault()?;
         same!(
             (fault.vector, fault.rip),
-            (1, CODE + behind),
+            (1, CODE + offset),
             "vector and RIP of a step"
         );
-        same!(fault.dr6 & 0x4000, 0x4000, "DR6.BS");
-        same!(fault.rflags & TF, TF, "TF in the saved flags");
-        if behind == 4 {
+        same!(fault.dr6 & 0x4000, 0x4000, "DR6.BS of the step to {offset}");
+        if Some(offset) == behind.last() {
             guest.resume_with_flags(fault.rflags & !TF);
         }
     }
-    guest.run()?;
-    Ok(())
+    guest.run()
 }

@@ -198,6 +198,58 @@ pub(super) fn long_stores(hypervisor: &dyn Hypervisor) -> Outcome {
     Ok(())
 }
 
+/// What comes from devices is written on the guest's behalf, by the hypervisor or by the back end, and must be seen as well.
+pub(super) fn data_of_devices(hypervisor: &dyn Hypervisor) -> Outcome {
+    for ring in [0, 3] {
+        let mut guest = Guest::in_ring(hypervisor, ring, &|a| {
+            let mut again = a.create_label();
+            a.cld()?;
+            a.set_label(&mut again)?;
+            // The second element lies in two pages.
+            a.mov(edx, 0x520)?;
+            a.mov(edi, 0x6_0ffa)?;
+            a.mov(ecx, 3)?;
+            a.rep().insd()?;
+            a.mov(esi, MMIO as u32)?;
+            a.mov(edi, 0x7_0f00)?;
+            a.mov(ecx, 0x240)?;
+            a.rep().movsq()?;
+            a.mov(edi, 0x8_0ff8)?;
+            a.movsq()?;
+            a.stop()?;
+            // RSP is as before: the value goes below the stack's top, in a page of its own.
+            a.mov(esi, MMIO as u32)?;
+            a.mov(ebx, esp)?;
+            a.mov(esp, 0x9_1000)?;
+            a.push(qword_ptr(rsi))?;
+            a.mov(esp, ebx)?;
+            a.stop()?;
+            a.jmp(again)
+        })?;
+        let (vm, slot) = (std::sync::Arc::clone(&guest.vm), guest.slot);
+        vm.start_dirty_log(slot)?;
+        drain(&*vm, slot)?;
+        for round in 0..2 {
+            guest.run()?;
+            let seen = written(drain(&*vm, slot)?);
+            let expected = BTreeSet::from([0x60, 0x61, 0x70, 0x71, 0x72, 0x80]);
+            same!(
+                seen,
+                expected,
+                "pages of strings in round {round} in ring {ring}"
+            );
+            guest.run()?;
+            let seen = written(drain(&*vm, slot)?);
+            same!(
+                seen,
+                BTreeSet::from([0x90]),
+                "pages of a push in round {round} in ring {ring}"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Marks of a guest that writes while they are fetched.
 pub(super) fn writes_in_ring_3(hypervisor: &dyn Hypervisor) -> Outcome {
     let mut guest = Guest::user(hypervisor, &|a| {

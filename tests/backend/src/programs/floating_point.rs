@@ -148,6 +148,9 @@ pub(super) fn avx_over_a_move(hypervisor: &dyn Hypervisor) -> Outcome {
     let state = first.vcpu.save_state()?;
     let mut second = Guest::user(hypervisor, &avx)?;
     second.vcpu.restore_state(&state)?;
+    let again = second.vcpu.save_state()?;
+    let xcr0 = again.xcrs.as_deref().and_then(|xcrs| xcrs.first());
+    same!(xcr0.map(|xcr| xcr.value), Some(7), "XCR0 after the restore");
     second.run()?;
     same!(second.ram.read(DATA), pattern(), "YMM registers");
     Ok(())

@@ -4,7 +4,10 @@ use hypervisor::Hypervisor;
 use iced_x86::code_asm::*;
 
 use super::is_offered;
-use crate::guest::{Access, BASED, DATA, DATA_BASED, Guest, Idioms as _, MMIO, MORE_DATA, loaded};
+use crate::guest::{
+    Access, BASED, CODE, CODE16, DATA, DATA_BASED, DATA16, Guest, Idioms as _, MMIO, MORE_DATA,
+    loaded,
+};
 use crate::outcome::{Outcome, same, skip};
 
 pub(super) const MOVBE: (u32, u32) = (1, 1 << 22);
@@ -383,6 +386,37 @@ pub(super) fn in_segments_with_a_base(hypervisor: &dyn Hypervisor) -> Outcome {
         "accesses"
     );
     same!(guest.ram.read(DATA), [0x11, 0x22, 0x77], "values read");
+    Ok(())
+}
+
+/// 16-bit code in protected mode, with addresses and operands of both sizes.
+pub(super) fn in_sixteen_bit_protected_mode(hypervisor: &dyn Hypervisor) -> Outcome {
+    let mut guest = Guest::new(hypervisor)?;
+    guest.place(16, CODE, &|a| {
+        a.mov(edi, MMIO as u32)?;
+        a.mov(eax, 0x0102_0304)?;
+        a.mov(word_ptr(edi), ax)?;
+        a.mov(dword_ptr(edi + 4), eax)?;
+        a.mov(ecx, dword_ptr(edi + 8))?;
+        // Through a segment of 64 KiB, with a 16-bit address.
+        a.mov(bx, DATA as u32)?;
+        a.mov(dword_ptr(bx).es(), ecx)?;
+        a.stop_for_good()
+    })?;
+    guest.enter_protected_mode(CODE16)?;
+    guest.change(|state| state.special.es = loaded(DATA16))?;
+    guest.bus.set_memory(MMIO + 8, &[1, 2, 3, 4]);
+    guest.run()?;
+    same!(
+        guest.bus.take(),
+        [
+            Access::Write(MMIO, vec![4, 3]),
+            Access::Write(MMIO + 4, vec![4, 3, 2, 1]),
+            Access::Read(MMIO + 8, 4),
+        ],
+        "accesses"
+    );
+    same!(guest.ram.read_u32(DATA), 0x0403_0201, "value read");
     Ok(())
 }
 

@@ -95,12 +95,13 @@ programs! {
     port_strings: outs_makes_one_access_an_element, ins_makes_one_access_an_element, downwards, counts_of_zero,
         buffers_across_pages, long_transfers;
     mmio: moves_of_all_widths, moves_of_immediates, extending_moves, byte_swapping_moves, sixteen_byte_moves, unaligned,
-        across_the_edge_of_memory, across_pages_of_devices, in_real_mode, in_segments_with_a_base, through_fs_and_gs,
+        across_the_edge_of_memory, across_pages_of_devices, in_real_mode, in_segments_with_a_base, in_sixteen_bit_protected_mode, through_fs_and_gs,
         every_register;
     mmio_operations: arithmetic, arithmetic_of_other_widths, comparisons_only_read, exchanges, compare_and_exchange,
         exchange_and_add, bit_operations, stack_operations, jumps_through_device_memory;
     mmio_strings: stores, moves_between_memory_and_device, moves_between_devices, loads, comparisons_and_scans,
-        a_page_fault_in_the_middle_of_a_store, a_page_fault_in_the_middle_of_a_move;
+        a_page_fault_in_the_middle_of_a_store, a_page_fault_in_the_middle_of_a_move,
+        a_move_in_the_middle_of_a_store;
     exceptions: divide_error, undefined_opcode, general_protection, page_faults, page_fault_beside_a_device,
         breakpoint_instruction, in_real_mode, pending_in_a_restored_state, denied_ports;
     modes: real_mode_segments_and_calls, protected_mode_loads_segments, from_real_to_long_mode, compatibility_mode,
@@ -115,11 +116,12 @@ programs! {
         the_list_is_sorted_and_complete;
     time: the_counter_never_goes_back, the_counter_goes_on_after_a_restore, two_counters_are_in_step,
         two_counters_are_in_step_after_a_restore, the_deadline_timer_wakes, the_clock_goes_on_from_where_it_was_read;
-    debug: registers_keep_their_values, breakpoints, single_steps;
+    debug: registers_keep_their_values, breakpoints, single_steps, single_steps_over_reads,
+        single_steps_over_writes;
     floating_point: sse_over_exits, sse_over_a_move, avx_over_exits, avx_over_a_move;
     state: every_element_travels, a_guest_goes_on_where_it_was, a_loop_moved_again_and_again, halted_guests_wake_elsewhere,
         what_cannot_be_taken_is_refused_by_name, impossible_registers_are_refused, xsave_areas_of_other_sizes_are_taken;
-    dirty_log: exactly_what_was_written, marks_stay_until_they_are_cleared, slots_that_fill_no_word, long_stores,
+    dirty_log: exactly_what_was_written, marks_stay_until_they_are_cleared, slots_that_fill_no_word, long_stores, data_of_devices,
         writes_in_ring_3, started_again, wrong_ranges_are_refused, slots_that_come_and_go;
     memory_slots: taken_away_becomes_a_device, read_only, added_under_a_running_vcpu, removed_under_a_running_vcpu,
         moved_elsewhere, bad_ones_are_refused;

@@ -160,7 +160,7 @@ pub(super) fn every_element_travels(hypervisor: &dyn Hypervisor) -> Outcome {
             .all(|pair| pair[0].index < pair[1].index),
         "the MSRs are not sorted"
     );
-    let mut b = Guest::long(hypervisor, &|a| a.hlt())?;
+    let mut b = Guest::new(hypervisor)?;
     b.vcpu.restore_state(&saved)?;
     let again = b.vcpu.save_state()?;
     same_state(&again, &saved)?;

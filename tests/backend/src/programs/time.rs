@@ -1,5 +1,7 @@
 //! The time-stamp counter, the deadline timer and the paravirtual clock.
 
+use std::time::Duration;
+
 use arch::x86_64::state::Activity;
 use hypervisor::{Hypervisor, Vcpu, VcpuExit};
 use iced_x86::IcedError;
@@ -74,6 +76,8 @@ pub(super) fn the_counter_never_goes_back(hypervisor: &dyn Hypervisor) -> Outcom
 pub(super) fn the_counter_goes_on_after_a_restore(hypervisor: &dyn Hypervisor) -> Outcome {
     for ring in [0, 3] {
         let mut first = Guest::in_ring(hypervisor, ring, &reader(DATA))?;
+        // Longer than the second machine lives: its own count since it was created would be a step back.
+        std::thread::sleep(Duration::from_millis(100));
         first.run()?;
         let before = first.ram.read_u64(DATA);
         let state = first.vcpu.save_state()?;
@@ -142,7 +146,7 @@ pub(super) fn two_counters_are_in_step_after_a_restore(hypervisor: &dyn Hypervis
     let (a0, a1) = pair()?;
     let saved = [a0.vcpu.save_state()?, a1.save_state()?];
     // As a move would: some time passes.
-    std::thread::sleep(std::time::Duration::from_millis(20));
+    std::thread::sleep(Duration::from_millis(20));
     let (mut b0, mut b1) = pair()?;
     b0.vcpu.restore_state(&saved[0])?;
     b1.restore_state(&saved[1])?;
