@@ -4,7 +4,7 @@
 //!   emulator ──► GuestPlatform ── translate ──► emulator::paging, over the guest's page tables in RAM
 //!                     ├── read, write ──► RAM (guest_memory: marks what it dirties) or, where there is none, ExitBus
 //!                     ├── ports ────────► I/O events of the back end, then ExitBus
-//!                     └── vectors ──────► VectorStore: the back end's XSAVE area
+//!                     └── vectors, XSAVE ► ExtendedState: the back end's XSAVE area
 //! ```
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,8 +14,10 @@ use arch::x86_64::cpuid::{self, Cpuid};
 use crate::emulator::paging::{Paging, TableMemory};
 use crate::emulator::{
     Access, CpuState, Platform, PlatformError, TranslateFailure, VectorRegisters, Vendor,
+    XsaveComponent,
 };
 use crate::guest_memory::{Memory, Target};
+use crate::xsave::Layout;
 use crate::{ExitBus, Result};
 
 /// Widest access of a device.
@@ -56,15 +58,19 @@ impl Counters {
     }
 }
 
-/// Where a vCPU's vector registers are.
-pub(crate) trait VectorStore {
-    /// Reads them.
-    fn load(&mut self) -> Result<VectorRegisters>;
-    /// Writes them.
-    fn store(&mut self, vectors: &VectorRegisters) -> Result<()>;
+/// Where a vCPU's extended state is.
+pub(crate) trait ExtendedState {
+    /// Reads it: an XSAVE area in the standard format.
+    fn load(&mut self) -> Result<Vec<u8>>;
+    /// Writes it.
+    fn store(&mut self, area: &[u8]) -> Result<()>;
     /// XCR0.
     fn xcr0(&mut self) -> Result<u64>;
 }
+
+/// Components of an area (SDM vol. 1, section 13.1).
+const AVX: u32 = 2;
+const ZMM_HI256: u32 = 6;
 
 /// Takes a write to a port, if it is an I/O event.
 pub(crate) type PortEvent<'a> = &'a dyn Fn(u16, &[u8]) -> bool;
@@ -74,7 +80,8 @@ pub(crate) struct GuestPlatform<'a> {
     memory: &'a Memory,
     bus: &'a dyn ExitBus,
     paging: Paging,
-    vectors: &'a mut dyn VectorStore,
+    layout: Layout,
+    extended: &'a mut dyn ExtendedState,
     port_event: Option<PortEvent<'a>>,
 }
 
@@ -85,13 +92,14 @@ impl<'a> GuestPlatform<'a> {
         bus: &'a dyn ExitBus,
         state: &CpuState,
         cpuid: &Cpuid,
-        vectors: &'a mut dyn VectorStore,
+        extended: &'a mut dyn ExtendedState,
     ) -> Self {
         Self {
             memory,
             bus,
             paging: paging(state, cpuid),
-            vectors,
+            layout: Layout::of(cpuid),
+            extended,
             port_event: None,
         }
     }
@@ -201,16 +209,38 @@ impl Platform for GuestPlatform<'_> {
     }
 
     fn vectors(&mut self) -> std::result::Result<VectorRegisters, PlatformError> {
-        Ok(self.vectors.load()?)
+        let avx = self.layout.component(AVX).is_some();
+        VectorRegisters::from_xsave_area(&self.extended.load()?, avx).ok_or_else(too_short)
     }
 
     fn set_vectors(&mut self, vectors: &VectorRegisters) -> std::result::Result<(), PlatformError> {
-        Ok(self.vectors.store(vectors)?)
+        let zmm_upper = self.layout.component(ZMM_HI256);
+        let mut area = self.extended.load()?;
+        vectors
+            .to_xsave_area(&mut area, zmm_upper.map(|place| place.offset as usize))
+            .ok_or_else(too_short)?;
+        Ok(self.extended.store(&area)?)
     }
 
     fn xcr0(&mut self) -> std::result::Result<u64, PlatformError> {
-        Ok(self.vectors.xcr0()?)
+        Ok(self.extended.xcr0()?)
     }
+
+    fn xsave_area(&mut self) -> std::result::Result<Option<Vec<u8>>, PlatformError> {
+        Ok(Some(self.extended.load()?))
+    }
+
+    fn set_xsave_area(&mut self, area: &[u8]) -> std::result::Result<(), PlatformError> {
+        Ok(self.extended.store(area)?)
+    }
+
+    fn xsave_component(&mut self, index: u32) -> Option<XsaveComponent> {
+        self.layout.component(index)
+    }
+}
+
+fn too_short() -> PlatformError {
+    "the XSAVE area is too short for its registers".into()
 }
 
 /// Whose processor the guest believes to have.

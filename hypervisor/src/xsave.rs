@@ -11,7 +11,7 @@
 
 use arch::x86_64::cpuid::Cpuid;
 
-use crate::emulator::VectorRegisters;
+use crate::emulator::XsaveComponent;
 
 /// End of the legacy region, where the header begins (SDM vol. 1, section 13.4.1).
 const HEADER: usize = 512;
@@ -48,10 +48,6 @@ pub(crate) fn fit(area: &[u8], host_size: usize, components: u64) -> Result<Vec<
     Ok(fitted)
 }
 
-fn no_header() -> crate::Error {
-    crate::Error::Invalid("an XSAVE area has no header".to_owned())
-}
-
 fn word(area: &[u8], at: usize) -> Option<u64> {
     Some(u64::from_le_bytes(area.get(at..at + 8)?.try_into().ok()?))
 }
@@ -79,18 +75,6 @@ fn bits(mask: u64) -> String {
         .collect();
     listed.join(", ")
 }
-
-/// MXCSR in the legacy region.
-const MXCSR: usize = 24;
-/// XMM0 in the legacy region.
-const XMM: usize = 160;
-/// MXCSR after reset.
-const MXCSR_RESET: u32 = 0x1f80;
-/// Component numbers.
-const SSE: u32 = 1;
-const AVX: u32 = 2;
-/// Upper halves of ZMM0 to ZMM15.
-const ZMM_HI256: u32 = 6;
 
 /// Where a component lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,81 +166,14 @@ impl Layout {
         Ok(standard)
     }
 
-    /// Where a component's register `index`, of `width` bytes, lies in a standard area.
-    fn register(
-        &self,
-        component: u32,
-        index: usize,
-        width: usize,
-    ) -> Option<std::ops::Range<usize>> {
+    /// Where a component lies, for the emulator.
+    pub(crate) fn component(&self, component: u32) -> Option<XsaveComponent> {
         let place = self.0.iter().find(|place| place.component == component)?;
-        let at = place.standard + index * width;
-        ((index + 1) * width <= place.size).then_some(at..at + width)
-    }
-
-    /// The vector registers in a standard area. A component that is not in use has its initial state, zero.
-    pub(crate) fn vectors(&self, area: &[u8]) -> crate::Result<VectorRegisters> {
-        let in_use = word(area, HEADER).ok_or_else(no_header)?;
-        let mut vectors = VectorRegisters {
-            mxcsr: MXCSR_RESET,
-            upper: self
-                .0
-                .iter()
-                .any(|place| place.component == AVX)
-                .then_some([0; 16]),
-            ..VectorRegisters::default()
-        };
-        let read = |range: std::ops::Range<usize>| {
-            area.get(range)
-                .and_then(|bytes| bytes.try_into().ok())
-                .map_or(0, u128::from_le_bytes)
-        };
-        // MXCSR is loaded whenever SSE or AVX is (SDM vol. 1, section 13.5.2).
-        if in_use & (1 << SSE | 1 << AVX) != 0 {
-            let bytes = area.get(MXCSR..MXCSR + 4).and_then(|b| b.try_into().ok());
-            vectors.mxcsr = bytes.map_or(MXCSR_RESET, u32::from_le_bytes);
-        }
-        if in_use >> SSE & 1 != 0 {
-            vectors.xmm = std::array::from_fn(|i| read(XMM + i * 16..XMM + i * 16 + 16));
-        }
-        if let Some(upper) = &mut vectors.upper
-            && in_use >> AVX & 1 != 0
-        {
-            *upper = std::array::from_fn(|i| self.register(AVX, i, 16).map_or(0, read));
-        }
-        Ok(vectors)
-    }
-
-    /// Puts vector registers into a standard area.
-    pub(crate) fn set_vectors(
-        &self,
-        area: &mut [u8],
-        vectors: &VectorRegisters,
-    ) -> crate::Result<()> {
-        let mut in_use = word(area, HEADER).ok_or_else(no_header)?;
-        let mut put = |range: std::ops::Range<usize>, bytes: &[u8]| {
-            if let Some(to) = area.get_mut(range) {
-                to.copy_from_slice(bytes);
-            }
-        };
-        put(MXCSR..MXCSR + 4, &vectors.mxcsr.to_le_bytes());
-        for (i, value) in vectors.xmm.iter().enumerate() {
-            put(XMM + i * 16..XMM + i * 16 + 16, &value.to_le_bytes());
-        }
-        in_use |= 1 << SSE;
-        for (i, value) in vectors.upper.iter().flatten().enumerate() {
-            if let Some(range) = self.register(AVX, i, 16) {
-                put(range, &value.to_le_bytes());
-                in_use |= 1 << AVX;
-            }
-        }
-        for i in (0..16).filter(|i| vectors.zero_above >> i & 1 != 0) {
-            if let Some(range) = self.register(ZMM_HI256, i, 32) {
-                put(range, &[0; 32]);
-            }
-        }
-        put(HEADER..HEADER + 8, &in_use.to_le_bytes());
-        Ok(())
+        Some(XsaveComponent {
+            offset: u32::try_from(place.standard).ok()?,
+            bytes: u32::try_from(place.size).ok()?,
+            aligned: place.aligned,
+        })
     }
 
     /// A standard area in the format, and of the size, of `like`, an area of the VP that is to take it.
@@ -410,34 +327,5 @@ mod tests {
         unknown[HEADER + 8..HEADER + 16].copy_from_slice(&(COMPACTED | 1 << 9).to_le_bytes());
         assert!(layout().standard(&unknown).is_err());
         assert!(layout().standard(&[0; 100]).is_err());
-    }
-
-    #[test]
-    fn vector_registers_are_found_and_put_back() {
-        let mut standard = vec![0; layout().standard_size()];
-        let vectors = VectorRegisters {
-            xmm: std::array::from_fn(|i| i as u128 + 1),
-            upper: Some(std::array::from_fn(|i| (i as u128) << 64)),
-            mxcsr: 0x1fa0,
-            zero_above: 1,
-        };
-        standard[1152..1280].fill(0xee);
-        layout()
-            .set_vectors(&mut standard, &vectors)
-            .expect("a header");
-        assert_eq!(standard[1152..1184], [0; 32], "ZMM0 above YMM0");
-        assert_eq!(standard[1184..1280], [0xee; 96]);
-        let back = layout().vectors(&standard).expect("a header");
-        assert_eq!(
-            (back.xmm, back.upper, back.mxcsr),
-            (vectors.xmm, vectors.upper, vectors.mxcsr)
-        );
-        standard[HEADER..HEADER + 8].fill(0);
-        let initial = layout().vectors(&standard).expect("a header");
-        assert_eq!(
-            (initial.xmm, initial.upper, initial.mxcsr),
-            ([0; 16], Some([0; 16]), MXCSR_RESET)
-        );
-        assert!(layout().vectors(&[0; 10]).is_err());
     }
 }

@@ -15,15 +15,13 @@
 
 use arch::x86_64::state::{PendingException, PendingInterrupt};
 
-use super::call;
 use super::state::{events, registers};
 use super::vcpu::KvmVcpu;
-use crate::emulated::{GuestPlatform, VectorStore, vendor};
+use super::{call, ioctl};
+use crate::emulated::{ExtendedState, GuestPlatform, vendor};
 use crate::emulator::{
-    CpuState, Exception, ExceptionKind, Options, Outcome, VectorRegisters, emulate,
-    exception_vector,
+    CpuState, Exception, ExceptionKind, Options, Outcome, emulate, exception_vector,
 };
-use crate::xsave::Layout;
 use crate::{ExitBus, Result};
 
 /// What became of an instruction that KVM could not emulate.
@@ -61,8 +59,8 @@ impl KvmVcpu {
             check_io_permission: true,
             ..Options::default()
         };
-        let mut vectors = KvmVectors(self);
-        let mut platform = GuestPlatform::new(&vm.memory, bus, &before, cpuid, &mut vectors);
+        let mut extended = VcpuExtended(self);
+        let mut platform = GuestPlatform::new(&vm.memory, bus, &before, cpuid, &mut extended);
         let outcome = match emulate(&mut platform, &mut after, bytes, &options) {
             Ok(outcome) => outcome,
             Err(error) => {
@@ -128,30 +126,16 @@ impl KvmVcpu {
     }
 }
 
-/// The vector registers of a vCPU.
-struct KvmVectors<'a>(&'a KvmVcpu);
+/// The extended state of a vCPU.
+struct VcpuExtended<'a>(&'a KvmVcpu);
 
-impl KvmVectors<'_> {
-    fn area(&self) -> Result<Vec<u8>> {
-        super::ioctl::get_xsave(&self.0.fd, self.0.vm.host.xsave_size)
-            .map_err(call("KVM_GET_XSAVE2"))
+impl ExtendedState for VcpuExtended<'_> {
+    fn load(&mut self) -> Result<Vec<u8>> {
+        ioctl::get_xsave(&self.0.fd, self.0.vm.host.xsave_size).map_err(call("KVM_GET_XSAVE2"))
     }
 
-    fn layout(&self) -> Result<Layout> {
-        Ok(Layout::of(self.0.vm.host.supported_cpuid()?))
-    }
-}
-
-impl VectorStore for KvmVectors<'_> {
-    fn load(&mut self) -> Result<VectorRegisters> {
-        self.layout()?.vectors(&self.area()?)
-    }
-
-    fn store(&mut self, vectors: &VectorRegisters) -> Result<()> {
-        let mut area = self.area()?;
-        self.layout()?.set_vectors(&mut area, vectors)?;
-        super::ioctl::set_xsave(&self.0.fd, self.0.vm.host.xsave_size, &area)
-            .map_err(call("KVM_SET_XSAVE"))
+    fn store(&mut self, area: &[u8]) -> Result<()> {
+        ioctl::set_xsave(&self.0.fd, self.0.vm.host.xsave_size, area).map_err(call("KVM_SET_XSAVE"))
     }
 
     fn xcr0(&mut self) -> Result<u64> {

@@ -27,7 +27,7 @@ use mshv_bindings::{
     hv_register_name_HV_REGISTER_PENDING_INTERRUPTION as PENDING_INTERRUPTION,
     hv_register_name_HV_X64_REGISTER_RAX as RAX, hv_register_name_HV_X64_REGISTER_RBX as RBX,
     hv_register_name_HV_X64_REGISTER_RCX as RCX, hv_register_name_HV_X64_REGISTER_RDX as RDX,
-    hv_register_name_HV_X64_REGISTER_RIP as RIP,
+    hv_register_name_HV_X64_REGISTER_RIP as RIP, hv_register_name_HV_X64_REGISTER_XFEM as XFEM,
 };
 
 use super::kick::Running;
@@ -38,10 +38,9 @@ use super::message::{
 use super::registers::{self, Register};
 use super::state::{events, xsave};
 use super::vcpu::MshvVcpu;
-use crate::emulated::{GuestPlatform, VectorStore};
+use crate::emulated::{ExtendedState, GuestPlatform};
 use crate::emulator::{
-    CpuState, Exception, ExceptionKind, Options, Outcome, VectorRegisters, emulate,
-    exception_vector,
+    CpuState, Exception, ExceptionKind, Options, Outcome, emulate, exception_vector,
 };
 use crate::{ExitBus, Result, VcpuExit};
 
@@ -207,9 +206,9 @@ impl MshvVcpu {
             ..Options::default()
         };
         let mut after = before;
-        let mut vectors = VpVectors(self);
+        let mut extended = VpState(self);
         let port_event = |port, data: &[u8]| self.vm.port_events.write(port, data);
-        let mut platform = GuestPlatform::new(&self.vm.memory, bus, &before, cpuid, &mut vectors)
+        let mut platform = GuestPlatform::new(&self.vm.memory, bus, &before, cpuid, &mut extended)
             .with_port_events(&port_event);
         let outcome = loop {
             match emulate(&mut platform, &mut after, bytes, &options) {
@@ -295,27 +294,20 @@ fn software(kind: u64, length: u8, vector: u8) -> Register {
     )
 }
 
-/// The vector registers of a VP.
-struct VpVectors<'a>(&'a MshvVcpu);
+/// The extended state of a VP.
+struct VpState<'a>(&'a MshvVcpu);
 
-impl VectorStore for VpVectors<'_> {
-    fn load(&mut self) -> Result<VectorRegisters> {
-        let area = xsave::read_standard(self.0)?;
-        crate::xsave::Layout::of(self.0.vm.host.supported_cpuid()?).vectors(&area)
+impl ExtendedState for VpState<'_> {
+    fn load(&mut self) -> Result<Vec<u8>> {
+        xsave::read_standard(self.0)
     }
 
-    fn store(&mut self, vectors: &VectorRegisters) -> Result<()> {
-        let mut area = xsave::read_standard(self.0)?;
-        crate::xsave::Layout::of(self.0.vm.host.supported_cpuid()?)
-            .set_vectors(&mut area, vectors)?;
-        xsave::write_standard(self.0, &area)
+    fn store(&mut self, area: &[u8]) -> Result<()> {
+        xsave::write_standard(self.0, area)
     }
 
     fn xcr0(&mut self) -> Result<u64> {
-        let [[value, _]] = registers::read_array(
-            &self.0.fd,
-            &[mshv_bindings::hv_register_name_HV_X64_REGISTER_XFEM],
-        )?;
+        let [[value, _]] = registers::read_array(&self.0.fd, &[XFEM])?;
         Ok(value)
     }
 }

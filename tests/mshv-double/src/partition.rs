@@ -84,6 +84,8 @@ pub(crate) struct Partition {
     msr_intercepts: AtomicU32,
     ignore_unknown_msrs: AtomicBool,
     frozen: AtomicBool,
+    /// Whether the TSC of any VP has been set.
+    tsc_written: Arc<AtomicBool>,
 }
 
 impl Partition {
@@ -185,6 +187,7 @@ impl Partition {
             msr_intercepts: AtomicU32::new(0),
             ignore_unknown_msrs: AtomicBool::new(false),
             frozen: AtomicBool::new(false),
+            tsc_written: Arc::default(),
         })
     }
 
@@ -280,7 +283,7 @@ impl Partition {
         vcpu.set_cpuid(&base)?;
         // KVM draws its map of APIC identifiers before a new vCPU is in its list; setting a state redraws it.
         vcpu.set_lapic(&vcpu.lapic()?)?;
-        let vp = Arc::new(Vp::new(index, vcpu, base));
+        let vp = Arc::new(Vp::new(index, vcpu, base, Arc::clone(&self.tsc_written)));
         vps.insert(index, Arc::clone(&vp));
         Ok(vp)
     }
