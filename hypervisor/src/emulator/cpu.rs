@@ -30,8 +30,10 @@ pub(super) mod rflags {
 /// Bits of CR0, CR4 and EFER (SDM vol. 3, section 2.5).
 pub(super) mod control {
     pub(in crate::emulator) const CR0_PE: u64 = 1 << 0;
+    pub(in crate::emulator) const CR0_MP: u64 = 1 << 1;
     pub(in crate::emulator) const CR0_EM: u64 = 1 << 2;
     pub(in crate::emulator) const CR0_TS: u64 = 1 << 3;
+    pub(in crate::emulator) const CR0_NE: u64 = 1 << 5;
     pub(in crate::emulator) const CR0_AM: u64 = 1 << 18;
     pub(in crate::emulator) const CR4_VME: u64 = 1 << 0;
     pub(in crate::emulator) const CR4_PVI: u64 = 1 << 1;

@@ -78,6 +78,8 @@ enum Class {
     CacheAll,
     ShadowStackPointer,
     ReservedNop,
+    /// WAIT (FWAIT).
+    Wait,
     Nothing,
     ConditionalMove(u8),
     SetCondition(u8),
@@ -199,6 +201,7 @@ fn class(mnemonic: Mnemonic) -> Option<Class> {
         Mnemonic::Wbinvd | Mnemonic::Wbnoinvd | Mnemonic::Invd => CacheAll,
         Mnemonic::Rdsspd | Mnemonic::Rdsspq => ShadowStackPointer,
         Mnemonic::Reservednop => ReservedNop,
+        Mnemonic::Wait => Wait,
         Mnemonic::Nop | Mnemonic::Pause | Mnemonic::Endbr32 | Mnemonic::Endbr64 | Mnemonic::Lfence
             | Mnemonic::Mfence | Mnemonic::Sfence | Mnemonic::Prefetchnta | Mnemonic::Prefetcht0
             | Mnemonic::Prefetcht1 | Mnemonic::Prefetcht2 | Mnemonic::Prefetchw | Mnemonic::Prefetchwt1
@@ -526,6 +529,7 @@ impl Cpu<'_> {
             CacheAll => self.cache_all(),
             ShadowStackPointer => self.shadow_stack_pointer(),
             ReservedNop => self.reserved_nop(i),
+            Wait => self.wait(),
             Nothing => Ok(()),
             ConditionalMove(condition) => self.conditional_move(i, condition),
             SetCondition(condition) => self.set_condition(i, condition),

@@ -28,6 +28,8 @@ pub mod vector {
     pub const GP: u8 = 13;
     /// #PF, page fault.
     pub const PF: u8 = 14;
+    /// #MF, x87 floating-point error.
+    pub const MF: u8 = 16;
     /// #AC, alignment check.
     pub const AC: u8 = 17;
 }

@@ -38,6 +38,9 @@ const XMM: (usize, usize) = (160, 256);
 const XMM_LOW: (usize, usize) = (160, 128);
 /// Initial FCW and MXCSR (SDM vol. 1, section 13.6).
 const INITIAL_FCW: u16 = 0x37f;
+/// Low byte of the status word, and its bit ES: an unmasked exception is pending.
+const STATUS_WORD: usize = 2;
+const SUMMARY: u8 = 1 << 7;
 const INITIAL_MXCSR: u32 = 0x1f80;
 
 /// The whole extended state, at least legacy region and header.
@@ -224,6 +227,26 @@ impl Cpu<'_> {
             _ => bytes,
         };
         (at, bytes.min(most))
+    }
+
+    /// WAIT: an x87 exception that is pending comes now (SDM vol. 2, WAIT/FWAIT; vol. 1, section 8.7.1).
+    pub(super) fn wait(&mut self) -> Step {
+        let cr0 = self.special.cr0;
+        if cr0 & control::CR0_MP != 0 && cr0 & control::CR0_TS != 0 {
+            return Err(Exception::fault(vector::NM).into());
+        }
+        let area = self.platform.xsave_area()?.ok_or(Stop::Unsupported)?;
+        if area
+            .get(STATUS_WORD)
+            .is_none_or(|status| status & SUMMARY == 0)
+        {
+            return Ok(());
+        }
+        if cr0 & control::CR0_NE == 0 {
+            // It would be reported over a pin to an interrupt controller, which is not there.
+            return Err(Stop::Unsupported);
+        }
+        Err(Exception::fault(vector::MF).into())
     }
 
     fn check_fx(&self) -> Step {

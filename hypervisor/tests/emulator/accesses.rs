@@ -282,6 +282,22 @@ fn fxsave_and_fxrstor_move_sse_state() {
 }
 
 #[test]
+fn wait_raises_what_is_pending() {
+    let wait: &[u8] = &[0x9b];
+    let mut b = Bench::long();
+    b.platform.mxcsr_mask = Some(0xffff);
+    b.state.special.cr0 |= 1 << 5;
+    b.complete(wait);
+    b.platform.x87_status = 1 << 7;
+    assert_eq!(b.fault(wait), Exception::fault(v::MF));
+    b.state.special.cr0 &= !(1 << 5);
+    let outside = hypervisor::emulator::emulate(&mut b.platform, &mut b.state, wait, &b.options);
+    assert!(outside.is_err(), "nobody takes the pin's interrupt");
+    b.state.special.cr0 |= 1 << 1 | 1 << 3;
+    assert_eq!(b.fault(wait), Exception::fault(v::NM));
+}
+
+#[test]
 fn xsaves_compacts_and_xrstors_expands() {
     let mut b = Bench::long();
     b.platform.mxcsr_mask = Some(0xffff);

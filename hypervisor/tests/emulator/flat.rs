@@ -40,6 +40,8 @@ pub(crate) struct Flat {
     pub(crate) log: Option<Vec<Seen>>,
     /// MXCSR_MASK, if the extended state is offered: x87 in its initial state, SSE and AVX from `vectors`.
     pub(crate) mxcsr_mask: Option<u32>,
+    /// Low byte of the x87 status word.
+    pub(crate) x87_status: u8,
     /// What the ports answer, repeated.
     pub(crate) port_value: u32,
 }
@@ -59,6 +61,7 @@ impl Flat {
             outside: false,
             log: None,
             mxcsr_mask: None,
+            x87_status: 0,
             port_value: 0x8765_4321,
         }
     }
@@ -167,6 +170,7 @@ impl Platform for Flat {
             return Ok(None);
         };
         let mut area = vec![0; AVX.0 + 256];
+        area[2] = self.x87_status;
         area[24..28].copy_from_slice(&self.vectors.mxcsr.to_le_bytes());
         area[28..32].copy_from_slice(&mask.to_le_bytes());
         let upper = self.vectors.upper.unwrap_or_default();

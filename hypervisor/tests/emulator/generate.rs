@@ -32,6 +32,7 @@ const NOT_NATIVE: &[(Mnemonic, &str)] = &[
     (Mnemonic::Rdsspd, "depends on the kernel's shadow stacks"),
     (Mnemonic::Rdsspq, "depends on the kernel's shadow stacks"),
     (Mnemonic::Fxsave, "the x87 state is not the test's"),
+    (Mnemonic::Wait, "the x87 state is not the test's"),
     (Mnemonic::Fxsave64, "the x87 state is not the test's"),
     (Mnemonic::Fxrstor, "the x87 state is not the test's"),
     (Mnemonic::Fxrstor64, "the x87 state is not the test's"),
