@@ -52,6 +52,13 @@ impl Memory {
         self.slots.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The slot of this number.
+    pub(crate) fn slot(&self, number: u32) -> Option<MemorySlot> {
+        let slots = self.read();
+        let mapped = slots.iter().find(|mapped| mapped.slot.slot == number)?;
+        Some(mapped.slot)
+    }
+
     /// Where `len` bytes at `gpa` lead. They must not cross a page.
     pub(crate) fn target(&self, gpa: u64, len: usize) -> Target {
         match find(&self.read(), gpa, len) {

@@ -1,7 +1,7 @@
 //! The dirty log, from the access states of guest pages.
 //!
 //! ```text
-//!   start: property GPA_PAGE_ACCESS_TRACKING = 1 (once, whatever slot comes first)
+//!   start: property GPA_PAGE_ACCESS_TRACKING = 1 (once, whatever slot comes first); the slot's pages are marked clean
 //!   fetch: MSHV_GET_GPAP_ACCESS_BITMAP(dirty, clear): look and re-arm in one step ──► words |= bitmap | emulated writes
 //!   stop:  MSHV_GET_GPAP_ACCESS_BITMAP(dirty, set) for the slot; the property = 0 when no slot is tracked any more
 //! ```
@@ -55,13 +55,12 @@ impl Tracking {
             fd.enable_dirty_page_tracking()
                 .map_err(call("HV_PARTITION_PROPERTY_GPA_PAGE_ACCESS_TRACKING"))?;
         }
-        let words = (slot.len / PAGE).div_ceil(64);
-        seen.insert(
-            slot.slot,
-            vec![0; usize::try_from(words).unwrap_or(usize::MAX)],
-        );
         mapped.emulated = Some(marks(slot));
-        Ok(())
+        let words = (slot.len / PAGE).div_ceil(64);
+        let words = usize::try_from(words).unwrap_or(usize::MAX);
+        seen.insert(slot.slot, vec![0; words]);
+        // What was written before does not count.
+        access_states(fd, slot, MSHV_GPAP_ACCESS_OP_CLEAR, |_, _| {})
     }
 
     /// See [`crate::Vm::stop_dirty_log`].
@@ -119,16 +118,6 @@ impl Tracking {
         }
         for (word, seen) in words.iter_mut().zip(seen) {
             *word |= std::mem::take(seen);
-        }
-        Ok(())
-    }
-
-    /// The slot goes.
-    pub(crate) fn forget(&self, fd: &VmFd, slot: MemorySlot) -> Result<()> {
-        let mut seen = self.seen();
-        if seen.remove(&slot.slot).is_some() && seen.is_empty() {
-            fd.disable_dirty_page_tracking()
-                .map_err(call("HV_PARTITION_PROPERTY_GPA_PAGE_ACCESS_TRACKING"))?;
         }
         Ok(())
     }

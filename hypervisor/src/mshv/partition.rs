@@ -140,22 +140,23 @@ impl Vm for MshvVm {
     }
 
     fn unmap_memory(&self, slot: MemorySlot) -> Result<()> {
-        // Before the lock on the slots, which tracking takes too.
-        self.tracking.forget(&self.shared.fd, slot)?;
-        let mut slots = self.shared.memory.write();
-        let at = slots
-            .iter()
-            .position(|mapped| mapped.slot.slot == slot.slot)
-            .ok_or_else(|| Error::Invalid(format!("memory slot {} is not mapped", slot.slot)))?;
+        let mapped =
+            self.shared.memory.slot(slot.slot).ok_or_else(|| {
+                Error::Invalid(format!("memory slot {} is not mapped", slot.slot))
+            })?;
+        // While it is mapped: its pages must not stay write-protected in the hypervisor.
+        self.tracking
+            .stop(&self.shared.fd, &self.shared.memory, mapped)?;
         let unmapped = mshv_user_mem_region {
             flags: 1 << MSHV_SET_MEM_BIT_UNMAP,
-            ..region(slots[at].slot)
+            ..region(mapped)
         };
+        let mut slots = self.shared.memory.write();
         self.shared
             .fd
             .unmap_user_memory(unmapped)
             .map_err(call("MSHV_SET_GUEST_MEMORY"))?;
-        slots.remove(at);
+        slots.retain(|known| known.slot != mapped);
         Ok(())
     }
 
