@@ -6,7 +6,7 @@ use arch::x86_64::cpuid::Cpuid;
 use arch::x86_64::state::{MachineClock, VcpuState};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Which back end runs a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -14,6 +14,38 @@ use crate::Result;
 pub enum HypervisorKind {
     /// Linux KVM, `/dev/kvm`.
     Kvm,
+    /// The Microsoft hypervisor, `/dev/mshv`.
+    Mshv,
+}
+
+impl HypervisorKind {
+    /// Every back end.
+    pub const ALL: [Self; 2] = [Self::Kvm, Self::Mshv];
+
+    /// Its name in configs, messages and manifests.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Mshv => "mshv",
+        }
+    }
+}
+
+impl std::fmt::Display for HypervisorKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl std::str::FromStr for HypervisorKind {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|kind| kind.name() == name)
+            .ok_or_else(|| Error::Invalid(format!("`{name}` is not a hypervisor; use kvm or mshv")))
+    }
 }
 
 /// Abilities a host may lack. The default is "no" to all.
@@ -41,6 +73,16 @@ pub trait Hypervisor: Send + Sync {
     fn capabilities(&self) -> Capabilities;
     /// Everything CPUID can show a guest on this host, before any policy and before per-vCPU fields.
     fn supported_cpuid(&self) -> Result<Cpuid>;
+    /// The leaves of Hyper-V's interface that this host can show a guest and back with what they promise. By default
+    /// none.
+    fn enlightenments(&self) -> Result<Cpuid> {
+        Ok(Cpuid::default())
+    }
+    /// Ticks a second of the local APIC's timer with divisor 1, if it is known: a guest that has measured it keeps
+    /// counting with it.
+    fn apic_timer_hz(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
     /// The MSRs that this host saves and restores, sorted.
     fn msr_indices(&self) -> Result<Vec<u32>>;
     /// Creates an empty machine: no memory, no vCPUs, local APICs in the hypervisor, the IOAPIC in user
@@ -54,6 +96,8 @@ pub struct VmOptions {
     /// GSIs `0..ioapic_pins` belong to the user-space IOAPIC, whose end-of-interrupt messages are reported
     /// through [`ExitBus::end_of_interrupt`].
     pub ioapic_pins: u32,
+    /// Guests see Hyper-V's interface: a back end that must know it beforehand backs it. Without, its registers are not there.
+    pub hyperv: bool,
 }
 
 /// A range of guest-physical memory backed by this process's memory.
@@ -170,6 +214,11 @@ pub trait Vm: Send + Sync {
         pages: u64,
         words: &[u64],
     ) -> Result<()>;
+
+    /// Counters of the back end, by name. By default none.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
 
     /// Reads the paravirtual clock. All vCPUs should be stopped.
     fn clock(&self) -> Result<MachineClock>;

@@ -16,15 +16,36 @@
 //! - An optional ability answers "no" by default and costs speed or a clear refusal, never a panic.
 
 mod api;
+mod emulated;
+pub mod emulator;
 mod error;
+mod guest_memory;
 pub mod kvm;
+pub mod mshv;
+mod msr;
+mod signal;
+mod tsc;
+mod xsave;
 
 pub use api::*;
 pub use error::{Error, Result};
 
-/// Opens this host's hypervisor.
+/// Opens the hypervisor of this kind.
 ///
-/// An [`Error::Open`] says what to do about a host that has none.
+/// An [`Error::Open`] says what to do about a host that does not have it.
+pub fn open(kind: HypervisorKind) -> Result<Box<dyn Hypervisor>> {
+    Ok(match kind {
+        HypervisorKind::Kvm => Box::new(kvm::Kvm::open()?),
+        HypervisorKind::Mshv => Box::new(mshv::Mshv::open()?),
+    })
+}
+
+/// Opens this host's hypervisor: the Microsoft hypervisor where its device node exists (such a host has no KVM of its own), KVM
+/// everywhere else.
 pub fn open_default() -> Result<Box<dyn Hypervisor>> {
-    Ok(Box::new(kvm::Kvm::open()?))
+    open(if std::path::Path::new(mshv::DEVICE).exists() {
+        HypervisorKind::Mshv
+    } else {
+        HypervisorKind::Kvm
+    })
 }

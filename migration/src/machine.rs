@@ -38,6 +38,8 @@ pub struct CpuContract {
     pub cpuid: Cpuid,
     /// Frequency of the guest's TSC in kHz, where known.
     pub tsc_khz: Option<u32>,
+    /// Ticks a second of the local APIC's timer, where known.
+    pub apic_timer_hz: Option<u64>,
     /// Indices of the MSRs that the guest could have used.
     #[serde(deserialize_with = "bounded::list::<_, _, 8192>")]
     pub msrs: Vec<u32>,

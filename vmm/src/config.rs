@@ -7,6 +7,7 @@
 
 use std::path::{Path, PathBuf};
 
+use arch::x86_64::cpuid::CpuModel;
 use hypervisor::HypervisorKind;
 use serde::{Deserialize, Serialize};
 
@@ -75,6 +76,10 @@ pub struct CpusConfig {
     /// Sockets, dies, cores and threads; all cores of one package by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<TopologyConfig>,
+    /// What the guest is shown of the processor: `host` (default), `portable` or `bare`, with which it can move between
+    /// KVM and the Microsoft hypervisor ([`CpuModel`]).
+    #[serde(default)]
+    pub model: CpuModel,
 }
 
 impl Default for CpusConfig {
@@ -83,6 +88,7 @@ impl Default for CpusConfig {
             boot_vcpus: 1,
             max_vcpus: 1,
             topology: None,
+            model: CpuModel::Host,
         }
     }
 }

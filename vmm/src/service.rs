@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::sync::mpsc;
 
+use hypervisor::HypervisorKind;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{SerialConfig, VmConfig};
@@ -158,6 +159,9 @@ pub struct ReceiveMigration {
     /// Where the guest's serial port leads here, instead of where it led at the source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialConfig>,
+    /// Which hypervisor runs it here; this host's own by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hypervisor: Option<HypervisorKind>,
 }
 
 /// How a move of unknown outcome is settled.

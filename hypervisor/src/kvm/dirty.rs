@@ -11,9 +11,11 @@
 //! and re-arms everything in the fetch itself.
 
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
 
 use super::vm::{KvmVm, pages};
 use super::{call, ioctl};
+use crate::guest_memory::{add_marks, clear_marks};
 use crate::{Error, MemorySlot, Result};
 
 /// Most pages one KVM_CLEAR_DIRTY_LOG can name: a `u32`, rounded down to whole words.
@@ -37,17 +39,30 @@ impl KvmVm {
         };
         // KVM overwrites; with nothing to keep it may write straight into the caller's words.
         if words.iter().all(|&word| word == 0) {
-            return fetch(words);
+            fetch(words)?;
+        } else {
+            let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+            if scratch.len() < len {
+                scratch.resize(len, 0);
+            }
+            fetch(&mut scratch[..len])?;
+            for (word, new) in words.iter_mut().zip(scratch.iter()) {
+                *word |= new;
+            }
         }
-        let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
-        if scratch.len() < len {
-            scratch.resize(len, 0);
-        }
-        fetch(&mut scratch[..len])?;
-        for (word, new) in words.iter_mut().zip(scratch.iter()) {
-            *word |= new;
-        }
+        // Without manual protection a fetch forgets.
+        let forget = self.shared.host.dirty_protect == 0;
+        self.with_marks(slot, |marks| add_marks(marks, words, forget));
         Ok(())
+    }
+
+    /// Hands out the marks of what was emulated here, which KVM does not see.
+    fn with_marks(&self, slot: MemorySlot, then: impl FnOnce(&[AtomicU64])) {
+        let slots = self.shared.memory.read();
+        let known = slots.iter().find(|known| known.slot == slot);
+        if let Some(marks) = known.and_then(|known| known.emulated.as_ref()) {
+            then(marks);
+        }
     }
 
     /// See [`crate::Vm::clear_dirty_log`].
@@ -75,6 +90,9 @@ impl KvmVm {
         if self.shared.host.dirty_protect == 0 {
             return Ok(());
         }
+        self.with_marks(slot, |marks| {
+            clear_marks(marks, (first_page / 64) as usize, words);
+        });
         let mut done = 0;
         while done < count {
             let now = (count - done).min(CLEAR_MAX);

@@ -12,7 +12,7 @@ use kvm_bindings::{
 };
 
 use super::state::registers;
-use super::vcpu::KvmVcpu;
+use super::vcpu::{KvmVcpu, RunPage};
 use crate::FaultDetails;
 
 impl KvmVcpu {
@@ -80,6 +80,16 @@ impl KvmVcpu {
                 .ok()
                 .map(|sregs| registers::special_from_kvm(&sregs)),
         })
+    }
+}
+
+impl RunPage {
+    /// The instruction bytes that KVM could not emulate, as far as it says them; `None` if the exit is something else.
+    pub(super) fn failed_emulation(&self) -> Option<Vec<u8>> {
+        let error = self.internal();
+        let used = (error.ndata as usize).min(error.data.len());
+        (error.suberror == KVM_INTERNAL_ERROR_EMULATION)
+            .then(|| internal_error(error.suberror, &error.data[..used]).1)
     }
 }
 

@@ -6,7 +6,7 @@ use arch::x86_64::cpuid::Cpuid;
 use kvm_bindings::{
     KVM_CAP_ADJUST_CLOCK, KVM_CAP_DEBUGREGS, KVM_CAP_EXCEPTION_PAYLOAD,
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NESTED_STATE, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_SREGS2,
-    KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_X2APIC_API,
+    KVM_CAP_SYS_HYPERV_CPUID, KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_X2APIC_API,
     KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_CAP_XCRS, KVM_CAP_XSAVE2, KVM_CLOCK_REALTIME,
     KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
@@ -104,6 +104,16 @@ impl Host {
             .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
         let offered = cpuid::offered(cpuid::from_kvm(answer.as_slice()), self.tsc_deadline);
         Ok(self.supported.get_or_init(|| offered))
+    }
+
+    /// Hyper-V's leaves that KVM can back; none before Linux 5.11, which asks a vCPU for them.
+    pub(crate) fn enlightenments(&self) -> Result<Cpuid> {
+        if self.fd.check_extension_raw(KVM_CAP_SYS_HYPERV_CPUID.into()) <= 0 {
+            return Ok(Cpuid::default());
+        }
+        let table =
+            ioctl::supported_hyperv_cpuid(&self.fd).map_err(call("KVM_GET_SUPPORTED_HV_CPUID"))?;
+        Ok(cpuid::from_kvm(table.as_slice()))
     }
 
     /// The MSRs that are saved and restored here, sorted.

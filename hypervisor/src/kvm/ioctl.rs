@@ -5,10 +5,11 @@
 use std::io;
 
 use kvm_bindings::{
-    KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log,
-    kvm_dirty_log__bindgen_ty_1, kvm_nested_state, kvm_sregs2, kvm_xsave,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1,
+    kvm_cpuid2, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1, kvm_nested_state, kvm_sregs2,
+    kvm_xsave,
 };
-use kvm_ioctls::{VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{
     ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref,
 };
@@ -24,6 +25,7 @@ mod number {
     ioctl_iowr_nr!(KVM_GET_NESTED_STATE, KVMIO, 0xbe, kvm_nested_state);
     ioctl_iow_nr!(KVM_SET_NESTED_STATE, KVMIO, 0xbf, kvm_nested_state);
     ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+    ioctl_iowr_nr!(KVM_GET_SUPPORTED_HV_CPUID, KVMIO, 0xc1, kvm_cpuid2);
     ioctl_ior_nr!(KVM_GET_SREGS2, KVMIO, 0xcc, kvm_sregs2);
     ioctl_iow_nr!(KVM_SET_SREGS2, KVMIO, 0xcd, kvm_sregs2);
     ioctl_ior_nr!(KVM_GET_XSAVE2, KVMIO, 0xcf, kvm_xsave);
@@ -41,6 +43,21 @@ fn check(answer: i32) -> io::Result<i32> {
     } else {
         Ok(answer)
     }
+}
+
+/// KVM_GET_SUPPORTED_HV_CPUID: Hyper-V's leaves that KVM can back.
+pub(crate) fn supported_hyperv_cpuid(kvm: &Kvm) -> io::Result<CpuId> {
+    let mut table = CpuId::new(KVM_MAX_CPUID_ENTRIES)
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: the table has as many entries as its header says, which is as many as KVM writes at most; it writes back how many.
+    check(unsafe {
+        ioctl_with_mut_ptr(
+            kvm,
+            number::KVM_GET_SUPPORTED_HV_CPUID(),
+            table.as_mut_fam_struct_ptr(),
+        )
+    })?;
+    Ok(table)
 }
 
 /// KVM_RUN. The reason of the exit is in the vCPU's run page.

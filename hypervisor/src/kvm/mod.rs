@@ -18,6 +18,7 @@
 //!   routes) is not asked before someone wants it.
 //! - AMX is offered where the kernel permits it: the permission is requested when KVM is opened, before any vCPU can exist,
 //!   because the size of the XSAVE area follows from it.
+//! - An instruction that KVM cannot emulate is tried by our own emulator (rescue.rs).
 //! - An exit that this code does not know becomes [`crate::VcpuExit::Fault`] with the registers; no exit panics.
 
 mod cpuid;
@@ -26,6 +27,7 @@ mod fault;
 mod host;
 mod ioctl;
 mod kick;
+mod rescue;
 mod routes;
 mod state;
 mod vcpu;
@@ -42,6 +44,8 @@ use host::Host;
 const DEVICE: &str = "/dev/kvm";
 /// KVM's only API version since 2007.
 const API_VERSION: i32 = 12;
+/// KVM's local APIC timer, unless KVM_CAP_X86_APIC_BUS_CYCLES_NS says otherwise (Documentation/virt/kvm/api.rst).
+const APIC_TIMER_HZ: u64 = 1_000_000_000;
 
 /// Linux KVM.
 pub struct Kvm {
@@ -108,6 +112,14 @@ impl Hypervisor for Kvm {
 
     fn supported_cpuid(&self) -> Result<Cpuid> {
         self.host.supported_cpuid().cloned()
+    }
+
+    fn enlightenments(&self) -> Result<Cpuid> {
+        self.host.enlightenments()
+    }
+
+    fn apic_timer_hz(&self) -> Result<Option<u64>> {
+        Ok(Some(APIC_TIMER_HZ))
     }
 
     fn msr_indices(&self) -> Result<Vec<u32>> {

@@ -3,7 +3,8 @@
 //! ```text
 //!            ┌──────────────────────────────────────────────┐
 //!   run ──► KVM_RUN ─┬─ I/O, MMIO, EOI ──► ExitBus ─────────┘ (the next KVM_RUN completes the access)
-//!                    ├─ EAGAIN (INIT taken) ────────────────┘
+//!                    ├─ EAGAIN (INIT taken) ────────────────┤
+//!                    ├─ cannot emulate ──► rescue.rs ───────┘
 //!                    ├─ EINTR ──► Interrupted
 //!                    └─ the rest ──► Halt, Shutdown, Reset, Fault
 //! ```
@@ -18,14 +19,15 @@ use std::sync::Arc;
 use arch::x86_64::cpuid::Cpuid;
 use arch::x86_64::state::VcpuState;
 use kvm_bindings::{
-    KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IOAPIC_EOI,
-    KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN,
-    KVM_EXIT_SYSTEM_EVENT, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_RESET,
+    KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN,
+    KVM_EXIT_IOAPIC_EOI, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SET_TPR,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_MAX_CPUID_ENTRIES, KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 use kvm_ioctls::VcpuFd;
 
-use super::kick::{self, KickHandle};
+use super::kick::KickHandle;
+use super::rescue::Rescue;
 use super::vm::VmShared;
 use super::{call, cpuid, ioctl, state};
 use crate::{ExitBus, Result, Vcpu, VcpuExit, VcpuKick};
@@ -216,7 +218,7 @@ impl Vcpu for KvmVcpu {
         // SAFETY: always succeeds and touches nothing.
         let this_thread = unsafe { libc::pthread_self() };
         if self.unblocked != Some(this_thread) {
-            kick::unblock_on_this_thread()?;
+            crate::signal::unblock_on_this_thread()?;
             self.unblocked = Some(this_thread);
         }
         let kick = Arc::clone(&self.kick);
@@ -260,6 +262,20 @@ impl Vcpu for KvmVcpu {
                     }
                     _ => return Ok(VcpuExit::Fault(self.fault())),
                 },
+                KVM_EXIT_INTERNAL_ERROR => {
+                    let Some(bytes) = self.page.failed_emulation() else {
+                        return Ok(VcpuExit::Fault(self.fault()));
+                    };
+                    match self.rescue(&bytes, bus)? {
+                        Rescue::GoesOn => {}
+                        Rescue::Halted => return Ok(VcpuExit::Halt),
+                        Rescue::Failed(why) => {
+                            let mut fault = self.fault();
+                            fault.reason = format!("{}; here: {why}", fault.reason);
+                            return Ok(VcpuExit::Fault(fault));
+                        }
+                    }
+                }
                 _ => return Ok(VcpuExit::Fault(self.fault())),
             }
         }

@@ -1,8 +1,7 @@
 //! One machine: memory slots, interrupts, I/O events and the paravirtual clock.
 
-use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use arch::x86_64::layout;
@@ -18,13 +17,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::host::Host;
 use super::state::msrs::ReadableMsrs;
-use super::{call, kick, routes, vcpu};
+use super::{call, routes, vcpu};
+use crate::emulated::Counters;
+use crate::guest_memory::{self, Mapped, Memory, PAGE};
 use crate::{
     Error, GsiRoute, IoEventAddress, IoEventMatch, MemorySlot, Msi, Result, Vcpu, Vm, VmOptions,
 };
-
-/// Bytes of a page.
-const PAGE: u64 = 4096;
 
 /// What a machine and its vCPUs share; the vCPUs keep it alive.
 pub(crate) struct VmShared {
@@ -36,21 +34,17 @@ pub(crate) struct VmShared {
     pub readable_msrs: ReadableMsrs,
     /// The TSC of one of the vCPUs has been restored.
     pub tsc_written: AtomicBool,
+    /// Its memory. A slot has marks for emulated writes exactly while KVM logs its dirty pages.
+    pub memory: Memory,
+    /// Instructions that were emulated here.
+    pub emulation: Counters,
 }
 
 /// A machine under KVM.
 pub(crate) struct KvmVm {
     pub(super) shared: Arc<VmShared>,
-    slots: Mutex<HashMap<u32, MappedSlot>>,
     /// Reused by [`Vm::fetch_dirty_log`].
     pub(super) scratch: Mutex<Vec<u64>>,
-}
-
-/// A slot KVM knows.
-#[derive(Clone, Copy)]
-struct MappedSlot {
-    slot: MemorySlot,
-    dirty_log: bool,
 }
 
 impl KvmVm {
@@ -102,28 +96,26 @@ impl KvmVm {
             .map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(call("KVM_SET_TSS_ADDR"))?;
-        kick::install_handler()?;
+        crate::signal::install_handler()?;
         Ok(Self {
             shared: Arc::new(VmShared {
                 host,
                 fd,
                 readable_msrs: ReadableMsrs::default(),
                 tsc_written: AtomicBool::new(false),
+                memory: Memory::default(),
+                emulation: Counters::default(),
             }),
-            slots: Mutex::default(),
             scratch: Mutex::default(),
         })
-    }
-
-    fn slots(&self) -> MutexGuard<'_, HashMap<u32, MappedSlot>> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The slot as it was mapped, if it was with exactly this number and length.
     ///
     /// The dirty log's sizes follow from it, so a caller's mistake must not reach KVM.
     pub(super) fn mapped(&self, slot: MemorySlot) -> Result<MemorySlot> {
-        match self.slots().get(&slot.slot) {
+        let slots = self.shared.memory.read();
+        match slots.iter().find(|known| known.slot.slot == slot.slot) {
             Some(known) if known.slot == slot => Ok(slot),
             Some(_) => Err(Error::Invalid(format!(
                 "memory slot {} is mapped otherwise",
@@ -161,16 +153,16 @@ impl KvmVm {
 
     /// Switches tracking of a mapped slot. Answers whether it was switched.
     pub(super) fn set_dirty_log(&self, slot: MemorySlot, on: bool) -> Result<bool> {
-        let mut slots = self.slots();
-        let Some(known) = slots.get_mut(&slot.slot).filter(|known| known.slot == slot) else {
+        let mut slots = self.shared.memory.write();
+        let Some(known) = slots.iter_mut().find(|known| known.slot == slot) else {
             return if on { self.missing(slot) } else { Ok(false) };
         };
-        if known.dirty_log == on {
+        if known.emulated.is_some() == on {
             return Ok(false);
         }
         // SAFETY: the same mapping that `map_memory`'s caller has vouched for; only a flag changes.
         unsafe { self.set_region(slot, slot.len, on)? };
-        known.dirty_log = on;
+        known.emulated = on.then(|| guest_memory::marks(slot));
         Ok(true)
     }
 
@@ -193,32 +185,33 @@ impl Vm for KvmVm {
     }
 
     unsafe fn map_memory(&self, slot: MemorySlot) -> Result<()> {
-        if slot.len == 0 || !(slot.len | slot.gpa | slot.hva).is_multiple_of(PAGE) {
-            return Err(Error::Invalid(format!(
-                "memory slot {} ({:#x} bytes at {:#x}) is empty or not page aligned",
-                slot.slot, slot.len, slot.gpa
-            )));
-        }
-        let mut slots = self.slots();
+        guest_memory::check(slot)?;
+        let mut slots = self.shared.memory.write();
+        let known = slots.iter_mut().find(|known| known.slot.slot == slot.slot);
         // A slot that is mapped again stays tracked.
-        let dirty_log = slots.get(&slot.slot).is_some_and(|known| known.dirty_log);
+        let dirty_log = known.as_ref().is_some_and(|known| known.emulated.is_some());
         // SAFETY: forwarded.
         unsafe { self.set_region(slot, slot.len, dirty_log)? };
-        slots.insert(slot.slot, MappedSlot { slot, dirty_log });
+        let mapped = Mapped {
+            slot,
+            emulated: dirty_log.then(|| guest_memory::marks(slot)),
+        };
+        match known {
+            Some(known) => *known = mapped,
+            None => slots.push(mapped),
+        }
         Ok(())
     }
 
     fn unmap_memory(&self, slot: MemorySlot) -> Result<()> {
-        let mut slots = self.slots();
-        let Some(known) = slots.get(&slot.slot).copied() else {
-            return Err(Error::Invalid(format!(
-                "memory slot {} is not mapped",
-                slot.slot
-            )));
-        };
+        let mut slots = self.shared.memory.write();
+        let at = slots
+            .iter()
+            .position(|known| known.slot.slot == slot.slot)
+            .ok_or_else(|| Error::Invalid(format!("memory slot {} is not mapped", slot.slot)))?;
         // SAFETY: a length of 0 removes the slot: KVM drops every use of the mapping.
-        unsafe { self.set_region(known.slot, 0, false)? };
-        slots.remove(&slot.slot);
+        unsafe { self.set_region(slots[at].slot, 0, false)? };
+        slots.remove(at);
         Ok(())
     }
 
@@ -297,6 +290,10 @@ impl Vm for KvmVm {
         words: &[u64],
     ) -> Result<()> {
         self.clear_dirty(slot, first_page, pages, words)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.shared.emulation.list()
     }
 
     fn clock(&self) -> Result<MachineClock> {

@@ -1,14 +1,21 @@
-//! The KVM back end against a real `/dev/kvm`, with guests of a few instructions.
+//! What is about KVM alone, against a real `/dev/kvm`. What every back end must do is in the conformance suite, tests/backend.
 //!
-//! The guests are hand-assembled and keep to plain integer instructions, so that a KVM which interprets ring 0 runs them too.
 //! Without `/dev/kvm` each test prints why it is skipped.
 
-mod accesses;
-mod dirty_log;
 mod faults;
-mod guest;
-mod interrupts;
-mod kicks;
 mod machine;
 mod start_cost;
 mod state;
+
+use hypervisor::{Hypervisor, kvm::Kvm};
+
+/// KVM, or a printed reason why there is none.
+fn kvm() -> Option<Box<dyn Hypervisor>> {
+    match Kvm::open() {
+        Ok(kvm) => Some(Box::new(kvm)),
+        Err(error) => {
+            println!("SKIP: {error}");
+            None
+        }
+    }
+}

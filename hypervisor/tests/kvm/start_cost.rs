@@ -4,9 +4,10 @@
 
 use std::time::Instant;
 
+use backend::guest::{Bus, RAM, Ram, cpuid};
 use hypervisor::{Hypervisor as _, VmOptions, kvm::Kvm};
 
-use crate::guest::{Bus, RAM, Ram, cpuid, kvm};
+use crate::kvm;
 
 #[test]
 #[ignore = "prints figures"]
@@ -39,10 +40,13 @@ fn start_cost() {
         };
         let kvm = Kvm::open().expect("open");
         lap();
-        let table = cpuid(&kvm);
+        let table = cpuid(&kvm, 0).expect("CPUID");
         lap();
         let vm = kvm
-            .create_vm(&VmOptions { ioapic_pins: 24 })
+            .create_vm(&VmOptions {
+                ioapic_pins: 24,
+                hyperv: false,
+            })
             .expect("create a machine");
         lap();
         let ram = Ram::new(RAM);

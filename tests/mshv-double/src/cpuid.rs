@@ -205,9 +205,16 @@ impl Features {
                 .fold(0u128, |bits, one| bits | 1 << one.bank_bit)
         };
         let processor = present(PROCESSOR);
+        // A KVM without hardware virtualisation does not offer XSAVE, whose instruction its interpreter lacks, but lists the states: its
+        // ring 3 runs natively and has them all, so they are kept as on a host that offers it.
+        let listed = find(table, 0xd, 0).map_or(0, |entry| u64::from(entry.eax));
+        let kept = STATES
+            .iter()
+            .filter(|(bits, _)| listed & bits == *bits)
+            .fold(u64::from(listed != 0), |kept, (_, needs)| kept | 1 << needs);
         Features {
             processor: [processor as u64, (processor >> 64) as u64],
-            xsave: present(XSAVE) as u64,
+            xsave: present(XSAVE) as u64 | kept,
             synthetic: !synthetic::RESERVED,
             x2apic: true,
         }

@@ -26,7 +26,8 @@ pub(crate) fn activity(state: &kvm_mp_state) -> u64 {
 pub(crate) fn set_activity(state: &mut kvm_mp_state, value: u64) -> Result<(), Status> {
     state.mp_state = match value {
         0 => KVM_MP_STATE_RUNNABLE,
-        1 | 3 => KVM_MP_STATE_UNINITIALIZED,
+        // KVM has two states for it; this one takes a start-up IPI at once, and an INIT too.
+        1 | 3 => KVM_MP_STATE_INIT_RECEIVED,
         2 => KVM_MP_STATE_HALTED,
         _ => return Err(status::InvalidRegisterValue),
     };

@@ -84,6 +84,8 @@ pub(crate) struct Partition {
     msr_intercepts: AtomicU32,
     ignore_unknown_msrs: AtomicBool,
     frozen: AtomicBool,
+    /// Whether the TSC of any VP has been set.
+    tsc_written: Arc<AtomicBool>,
 }
 
 impl Partition {
@@ -149,6 +151,8 @@ impl Partition {
             KVM_CAP_X2APIC_API,
             u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK),
         )?;
+        // Without it KVM cannot tell a pending exception from one that is being delivered.
+        enable(KVM_CAP_EXCEPTION_PAYLOAD, 1)?;
         enable(
             KVM_CAP_X86_USER_SPACE_MSR,
             u64::from(
@@ -158,7 +162,6 @@ impl Partition {
             ),
         )?;
         hide_kvm_msrs(&vm)?;
-        enable(KVM_CAP_EXCEPTION_PAYLOAD, 1)?;
         // An OUT to port 0x7e would be retired before its exit.
         if host.kvm.check_extension(KVM_CAP_DISABLE_QUIRKS) > 0 {
             enable(
@@ -189,6 +192,7 @@ impl Partition {
             msr_intercepts: AtomicU32::new(0),
             ignore_unknown_msrs: AtomicBool::new(false),
             frozen: AtomicBool::new(false),
+            tsc_written: Arc::default(),
         })
     }
 
@@ -284,7 +288,7 @@ impl Partition {
         vcpu.set_cpuid(&base)?;
         // KVM draws its map of APIC identifiers before a new vCPU is in its list; setting a state redraws it.
         vcpu.set_lapic(&vcpu.lapic()?)?;
-        let vp = Arc::new(Vp::new(index, vcpu, base));
+        let vp = Arc::new(Vp::new(index, vcpu, base, Arc::clone(&self.tsc_written)));
         vps.insert(index, Arc::clone(&vp));
         Ok(vp)
     }

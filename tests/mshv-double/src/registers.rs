@@ -2,6 +2,8 @@
 //!
 //! A call names many registers. [`Bank`] fetches each kind of KVM state at most once, and writes back once what changed.
 
+use std::sync::atomic::Ordering;
+
 use kvm_bindings::*;
 use mshv_bindings::*;
 
@@ -13,6 +15,7 @@ use crate::vp::VpState;
 
 /// HvX64RegisterTscDeadline (TLFS, HV_REGISTER_NAME); the bindings leave it out.
 const HV_X64_REGISTER_TSC_DEADLINE: u32 = 0x0008_0095;
+const IA32_TSC: u32 = 0x10;
 
 /// Bits that EFER has on any processor: SCE, LME, LMA, NXE (AMD APM vol. 2, 3.1.7), and AMD's further ones.
 const EFER_DEFINED: u64 = 1 | 1 << 8 | 1 << 10 | 1 << 11 | 0xf << 12 | 3 << 17 | 3 << 20;
@@ -31,7 +34,7 @@ impl From<u64> for Value {
 fn msr_of(name: u32) -> Option<u32> {
     #[expect(non_upper_case_globals, reason = "names of the TLFS")]
     Some(match name {
-        hv_register_name_HV_X64_REGISTER_TSC => 0x10,
+        hv_register_name_HV_X64_REGISTER_TSC => IA32_TSC,
         hv_register_name_HV_X64_REGISTER_KERNEL_GS_BASE => 0xc000_0102,
         hv_register_name_HV_X64_REGISTER_PAT => 0x277,
         hv_register_name_HV_X64_REGISTER_SYSENTER_CS => 0x174,
@@ -489,6 +492,12 @@ impl<'a> Bank<'a> {
             if name == hv_register_name_HV_X64_REGISTER_PAT && !types_known {
                 note!("PAT: {low:#x} names unknown memory types");
                 return Err(status::InvalidRegisterValue);
+            }
+            if msr == IA32_TSC && !state.tsc_written.swap(true, Ordering::Relaxed) {
+                // KVM takes a value close to where the TSC would be by now as meant to be in step, and before Linux 6.7 compares the first
+                // one with the zero of creation: one that is far from any goes ahead.
+                vcpu.set_msr(msr, low ^ 1 << 60)
+                    .map_err(|_| status::InvalidRegisterValue)?;
             }
             return match vcpu.set_msr(msr, low) {
                 Ok(()) => Ok(()),

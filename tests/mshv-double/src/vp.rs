@@ -13,7 +13,8 @@
 //! any moment of the ioctl makes it return EINTR, as it would in the driver, and nothing is half done.
 
 use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
 use kvm_bindings::kvm_cpuid_entry2;
@@ -51,6 +52,8 @@ pub(crate) struct VpState {
     /// MSHV_VP_STATE_SIMP, _SIEFP and _SYNTHETIC_TIMERS, by type.
     pub(crate) pages: BTreeMap<u8, Vec<u8>>,
     signal_mask: Option<u64>,
+    /// Whether the TSC of any VP of the partition has been set; shared by all of them.
+    pub(crate) tsc_written: Arc<AtomicBool>,
 }
 
 impl VpState {
@@ -101,7 +104,12 @@ pub(crate) struct Vp {
 }
 
 impl Vp {
-    pub(crate) fn new(index: u32, vcpu: Vcpu, cpuid_base: Vec<kvm_cpuid_entry2>) -> Self {
+    pub(crate) fn new(
+        index: u32,
+        vcpu: Vcpu,
+        cpuid_base: Vec<kvm_cpuid_entry2>,
+        tsc_written: Arc<AtomicBool>,
+    ) -> Self {
         let state = VpState {
             index,
             running: None,
@@ -115,6 +123,7 @@ impl Vp {
             kept: BTreeMap::new(),
             pages: BTreeMap::new(),
             signal_mask: None,
+            tsc_written,
         };
         Vp {
             index,

@@ -8,6 +8,7 @@
 //! ```
 
 pub mod api;
+pub mod back_end;
 pub mod console;
 pub mod process;
 pub mod relay;

@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::api::Api;
+use crate::back_end::{BackEnd, Hosts};
 use crate::console::Console;
 
 /// The binary under test: `VMM_BIN`, or the one that cargo builds beside this test.
@@ -32,25 +34,21 @@ pub fn binary() -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Why no guest can run here, if so.
-pub fn no_kvm() -> Option<String> {
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .err()
-        .map(|error| format!("/dev/kvm: {error}"))
-}
-
-/// A folder of one test, removed at its end.
+/// A folder of one test, removed at its end, and the back ends of the processes that it starts.
 pub struct Folder {
     path: PathBuf,
+    hosts: Hosts,
+    started: AtomicUsize,
 }
 
 impl Folder {
-    /// A new folder.
+    /// A new folder, whose processes use KVM.
     pub fn new() -> Result<Self> {
-        use std::sync::atomic::{AtomicU32, Ordering};
+        Self::on(Hosts::ALIKE[0])
+    }
+
+    /// A new folder, whose processes use these back ends.
+    pub fn on(hosts: Hosts) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let path = std::env::temp_dir().join(format!(
             "vmm-native-{}-{}",
@@ -58,7 +56,21 @@ impl Folder {
             NEXT.fetch_add(1, Ordering::Relaxed)
         ));
         std::fs::create_dir_all(&path)?;
-        Ok(Self { path })
+        Ok(Self {
+            path,
+            hosts,
+            started: AtomicUsize::new(0),
+        })
+    }
+
+    /// The back end of the process that is started next.
+    fn next_back_end(&self) -> BackEnd {
+        let started = self.started.fetch_add(1, Ordering::Relaxed);
+        if started.is_multiple_of(2) {
+            self.hosts.0
+        } else {
+            self.hosts.1
+        }
     }
 
     /// A path in it.
@@ -88,6 +100,8 @@ pub struct Vmm {
     socket: PathBuf,
     stderr: PathBuf,
     serial: PathBuf,
+    /// Its guests do without what only one back end has.
+    bare: bool,
 }
 
 impl Vmm {
@@ -95,21 +109,23 @@ impl Vmm {
     pub fn serve(folder: &Folder, name: &str) -> Result<Self> {
         let socket = folder.join(format!("{name}.api"));
         let stderr = folder.join(format!("{name}.log"));
-        let child = Command::new(binary()?)
+        let mut command = Command::new(binary()?);
+        command
             .arg("serve")
             .arg("--api-socket")
             .arg(&socket)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(std::fs::File::create(&stderr)?)
-            .spawn()?;
+            .stderr(std::fs::File::create(&stderr)?);
+        folder.next_back_end().prepare(&mut command)?;
         let mut vmm = Self {
-            child,
+            child: command.spawn()?,
             api: Api::at(&socket),
             name: name.to_owned(),
             socket,
             stderr,
             serial: folder.join(format!("{name}.serial")),
+            bare: folder.hosts.unlike(),
         };
         let deadline = Instant::now() + Duration::from_secs(20);
         while vmm.api.get("vmm.ping").is_err() {
@@ -172,6 +188,9 @@ impl Vmm {
     /// Creates a guest from a config whose serial port leads to [`Vmm::serial`], and boots it.
     pub fn boot(&self, mut config: Value) -> Result<()> {
         config["serial"] = json!({"mode": "Socket", "socket": self.serial});
+        if self.bare {
+            config["cpus"]["model"] = json!("bare");
+        }
         self.api.put("vm.create", &config)?;
         self.api.put("vm.boot", &Value::Null)?;
         Ok(())

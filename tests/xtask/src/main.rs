@@ -5,7 +5,9 @@
 //!     │
 //!     ├─ static   cargo fmt --check, clippy with warnings denied, ../shared/house    checks.rs
 //!     ├─ unit     the unit tests of every crate                                      suites.rs
-//!     ├─ native   real guests on this machine's /dev/kvm                             suites.rs
+//!     ├─ emulator the instruction emulator against this machine's processor          suites.rs
+//!     ├─ backend  small guest programs, the same on every hypervisor back end        suites.rs
+//!     ├─ native   real guests on this machine, on every back end                     suites.rs
 //!     └─ lab      stock kernels in QEMU's emulator; installs what it needs           debian.rs
 //!                       │
 //!                 every line of output is passed on and read                         tally.rs
@@ -33,7 +35,9 @@ Runs test suites, all of them in this order when none is named:
 
   static   formatting, clippy with warnings denied, the house check where it is there
   unit     the unit tests of every crate
-  native   real guests on this machine's /dev/kvm
+  emulator the instruction emulator against this machine's processor, instruction by instruction
+  backend  the conformance suite: small guest programs, the same on /dev/kvm and on /dev/mshv or its double
+  native   real guests, booted and moved, on /dev/kvm and on /dev/mshv or its double, and between the two
   lab      stock Debian kernels as hosts and guests inside QEMU's emulator; installs what it needs with
            apt-get, and keeps kernels in target/lab-cache (or $LAB_CACHE)
 

@@ -14,7 +14,11 @@ pub(crate) enum Suite {
     Static,
     /// Unit tests of the crates.
     Unit,
-    /// Tests on this machine's `/dev/kvm`.
+    /// The instruction emulator against the processor.
+    Emulator,
+    /// The conformance suite of the hypervisor back ends, and what is about one of them.
+    Backend,
+    /// Real guests on this machine, on every back end.
     Native,
     /// Tests inside QEMU's emulator.
     Lab,
@@ -22,12 +26,21 @@ pub(crate) enum Suite {
 
 impl Suite {
     /// Every suite, in the order of a full run.
-    const ALL: [Suite; 4] = [Suite::Static, Suite::Unit, Suite::Native, Suite::Lab];
+    const ALL: [Suite; 6] = [
+        Suite::Static,
+        Suite::Unit,
+        Suite::Emulator,
+        Suite::Backend,
+        Suite::Native,
+        Suite::Lab,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Suite::Static => "static",
             Suite::Unit => "unit",
+            Suite::Emulator => "emulator",
+            Suite::Backend => "backend",
             Suite::Native => "native",
             Suite::Lab => "lab",
         }
@@ -61,14 +74,19 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
         println!("\n== {} ==", suite.name());
         let start = Instant::now();
         let mut tally = Tally::default();
-        if matches!(suite, Suite::Native | Suite::Lab) && !built {
-            build_vmm(&mut tally)?;
+        if matches!(suite, Suite::Backend | Suite::Native | Suite::Lab) && !built {
+            build_programs(&mut tally)?;
             built = true;
         }
         let before = tally.total();
         match suite {
             Suite::Static => checks::run(&mut tally)?,
             Suite::Unit => unit(&mut tally)?,
+            Suite::Emulator => cargo_test(&mut tally, "emulator", &["--test", "emulator"], &[])?,
+            Suite::Backend => {
+                let tests = ["--test", "backend", "--test", "kvm", "--test", "preloaded"];
+                cargo_test(&mut tally, "backend", &tests, &[])?;
+            }
             Suite::Native => cargo_test(&mut tally, "native", &["--test", "native"], &[])?,
             Suite::Lab => lab(&mut tally)?,
         }
@@ -89,17 +107,14 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
     Ok(total.failed == 0 && total.passed > 0)
 }
 
-/// The product itself: suites start it as a program of its own.
-fn build_vmm(tally: &mut Tally) -> Result<()> {
-    if !run::shown(
-        run::cargo(&["build", "--release", "-p", "vmm"]),
-        "cargo build --release -p vmm",
-    )?
-    .success()
-    {
+/// The product, the conformance suite's binary and the double of `/dev/mshv`: suites start or preload them. This program itself is left
+/// out, since it runs.
+fn build_programs(tally: &mut Tally) -> Result<()> {
+    const BUILD: [&str; 5] = ["build", "--release", "--workspace", "--exclude", "xtask"];
+    if !run::shown(run::cargo(&BUILD), &format!("cargo {}", BUILD.join(" ")))?.success() {
         tally.fail(
-            "build::vmm",
-            "the `vmm` binary does not build; tests that start it cannot pass",
+            "build",
+            "the programs do not build; tests that start them cannot pass",
         );
     }
     Ok(())
@@ -107,8 +122,21 @@ fn build_vmm(tally: &mut Tally) -> Result<()> {
 
 fn unit(tally: &mut Tally) -> Result<()> {
     cargo_test(tally, "unit", &["--lib", "--bins"], &[])?;
-    // The other targets of these two are suites of their own.
-    let others = ["--exclude", "native", "--exclude", "lab", "--test", "*"];
+    // The other targets of these are suites of their own.
+    let others = [
+        "--exclude",
+        "hypervisor",
+        "--exclude",
+        "mshv-double",
+        "--exclude",
+        "backend",
+        "--exclude",
+        "native",
+        "--exclude",
+        "lab",
+        "--test",
+        "*",
+    ];
     cargo_test(tally, "unit::integration", &others, &[])
 }
 
@@ -165,7 +193,8 @@ mod tests {
     fn an_unknown_name_is_refused_with_the_list() {
         let message = select(&["units".into()]).unwrap_err();
         assert!(
-            message.contains("`units`") && message.contains("static, unit, native, lab"),
+            message.contains("`units`")
+                && message.contains("static, unit, emulator, backend, native, lab"),
             "{message}"
         );
     }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, bail};
+use hypervisor::HypervisorKind;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use super::{FAILED, ReceiveArgs, RunArgs, ServeArgs, signals};
@@ -25,9 +26,13 @@ struct Host {
 
 impl Host {
     /// Starts both, and takes signals.
-    fn start(guest_end: GuestEnd, api_socket: Option<&Path>) -> anyhow::Result<Self> {
-        let machine =
-            MachineThread::start(guest_end).context("cannot start the machine's thread")?;
+    fn start(
+        guest_end: GuestEnd,
+        hypervisor: Option<HypervisorKind>,
+        api_socket: Option<&Path>,
+    ) -> anyhow::Result<Self> {
+        let machine = MachineThread::start(guest_end, hypervisor)
+            .context("cannot start the machine's thread")?;
         let service = machine.service();
         let api = api_socket
             .map(|path| ApiServer::start(path, service.clone()))
@@ -94,7 +99,7 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     if let Some(name) = args.hypervisor {
         config.hypervisor = Some(name.into());
     }
-    let host = Host::start(GuestEnd::EndsProcess, args.api_socket.as_deref())?;
+    let host = Host::start(GuestEnd::EndsProcess, None, args.api_socket.as_deref())?;
     for request in [Request::Create(Box::new(config)), Request::Boot] {
         if let Err(error) = host.service().call(request) {
             host.stop();
@@ -106,17 +111,22 @@ pub(super) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
 
 /// `vmm serve`.
 pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
-    let host = Host::start(GuestEnd::Stays, Some(&args.api_socket))?;
+    let host = Host::start(
+        GuestEnd::Stays,
+        args.hypervisor.map(Into::into),
+        Some(&args.api_socket),
+    )?;
     guest_ended(&host.wait())
 }
 
 /// `vmm receive`.
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
-    let host = Host::start(GuestEnd::EndsProcess, args.api_socket.as_deref())?;
+    let host = Host::start(GuestEnd::EndsProcess, None, args.api_socket.as_deref())?;
     let service = host.service().clone();
     let receive = ReceiveMigration {
         receiver_url: args.url,
         serial: args.serial,
+        hypervisor: args.hypervisor.map(Into::into),
     };
     let id = match service.call(Request::Receive(receive)) {
         Ok(Response::JobStarted(id)) => id,

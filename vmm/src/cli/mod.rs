@@ -99,12 +99,15 @@ struct RunArgs {
 enum HypervisorName {
     /// Linux KVM.
     Kvm,
+    /// The Microsoft hypervisor.
+    Mshv,
 }
 
 impl From<HypervisorName> for HypervisorKind {
     fn from(name: HypervisorName) -> Self {
         match name {
             HypervisorName::Kvm => Self::Kvm,
+            HypervisorName::Mshv => Self::Mshv,
         }
     }
 }
@@ -123,6 +126,10 @@ struct ServeArgs {
     /// The unix socket, which is made with mode 0600.
     #[arg(long, value_name = "PATH")]
     api_socket: PathBuf,
+    /// Which hypervisor runs machines whose config does not say it, and those that move in [default: mshv where
+    /// /dev/mshv exists, else kvm]
+    #[arg(long, value_name = "NAME")]
+    hypervisor: Option<HypervisorName>,
 }
 
 /// Wait for one machine, then run it until it ends.
@@ -145,6 +152,9 @@ struct ReceiveArgs {
     /// tty, file=PATH or socket=PATH.
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
+    /// Which hypervisor runs the machine here [default: mshv where /dev/mshv exists, else kvm]
+    #[arg(long, value_name = "NAME")]
+    hypervisor: Option<HypervisorName>,
 }
 
 /// Move the machine of a running vmm to another one that waits with `vmm receive`.

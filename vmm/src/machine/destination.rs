@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use arch::x86_64::cpuid::missing_features;
+use hypervisor::HypervisorKind;
 use memory::GuestRam;
 use migration::{
-    DestinationMachine, MachineError, MachineState, Manifest, Refusal, RefusalKind, RunState,
+    CpuContract, DestinationMachine, MachineError, MachineState, Manifest, Refusal, RefusalKind,
+    RunState,
 };
 
 use super::Event;
@@ -17,6 +19,7 @@ use crate::config::{SerialConfig, SerialMode, VmConfig};
 pub(super) struct MovingIn {
     machine: u64,
     serial: Option<SerialConfig>,
+    hypervisor: Option<HypervisorKind>,
     events: Sender<Event>,
     instance: Option<Arc<Instance>>,
     run_state: RunState,
@@ -29,10 +32,16 @@ pub(crate) struct Arrived {
 }
 
 impl MovingIn {
-    pub(super) fn new(machine: u64, serial: Option<SerialConfig>, events: Sender<Event>) -> Self {
+    pub(super) fn new(
+        machine: u64,
+        serial: Option<SerialConfig>,
+        hypervisor: Option<HypervisorKind>,
+        events: Sender<Event>,
+    ) -> Self {
         Self {
             machine,
             serial,
+            hypervisor,
             events,
             instance: None,
             run_state: RunState::Paused,
@@ -48,10 +57,12 @@ impl MovingIn {
         })
     }
 
-    fn build(&self, manifest: &Manifest) -> Result<Instance, Refusal> {
-        let refuse = |kind, detail: String| Refusal { kind, detail };
+    /// The machine's config, as it is here.
+    fn config(&self, manifest: &Manifest) -> Result<VmConfig, Refusal> {
         let mut config = VmConfig::from_json(manifest.config.as_bytes())
             .map_err(|e| refuse(RefusalKind::Config, e.to_string()))?;
+        // Which hypervisor the source's host has says nothing about this one.
+        config.hypervisor = self.hypervisor;
         match &self.serial {
             Some(serial) => config.serial = serial.clone(),
             // Whoever connects must not choose which files of this host are made or written.
@@ -74,6 +85,10 @@ impl MovingIn {
                 ),
             ));
         }
+        Ok(config)
+    }
+
+    fn build(&self, config: VmConfig, manifest: &Manifest) -> Result<Instance, Refusal> {
         let plan = Plan::arriving(config, manifest.cpu.cpuid.clone());
         let ranges = plan
             .ram_ranges()
@@ -97,36 +112,51 @@ impl MovingIn {
     }
 }
 
+fn refuse(kind: RefusalKind, detail: String) -> Refusal {
+    Refusal { kind, detail }
+}
+
+/// Why this host cannot be what the guest was told that its processor is; nothing if it can.
+fn cpu_refusals(config: &VmConfig, cpu: &CpuContract) -> hypervisor::Result<Vec<Refusal>> {
+    let hypervisor = super::instance::open_hypervisor(config.hypervisor)?;
+    let offered = super::instance::offered_cpuid(&*hypervisor, config.cpus.model)?;
+    let mut refusals: Vec<Refusal> = missing_features(&cpu.cpuid, &offered)
+        .into_iter()
+        .map(|missing| refuse(RefusalKind::Cpu, format!("this host's CPU lacks {missing}")))
+        .collect();
+    if let (Some(there), Some(here)) = (cpu.apic_timer_hz, hypervisor.apic_timer_hz()?)
+        && there != here
+    {
+        refusals.push(refuse(
+            RefusalKind::Cpu,
+            format!(
+                "the guest's local APIC timer runs at {there} Hz, this host's ({}) at {here} Hz",
+                hypervisor.kind()
+            ),
+        ));
+    }
+    Ok(refusals)
+}
+
 impl DestinationMachine for MovingIn {
     fn reserve(&mut self, manifest: &Manifest) -> Result<Arc<GuestRam>, Vec<Refusal>> {
-        let offered = super::instance::offered_cpuid().map_err(|error| {
+        let config = self.config(manifest).map_err(|refusal| vec![refusal])?;
+        let refusals = cpu_refusals(&config, &manifest.cpu).map_err(|error| {
             vec![Refusal {
                 kind: RefusalKind::Hypervisor,
                 detail: super::error_chain(&error),
             }]
         })?;
-        let mut refusals: Vec<Refusal> = missing_features(&manifest.cpu.cpuid, &offered)
-            .into_iter()
-            .map(|missing| Refusal {
-                kind: RefusalKind::Cpu,
-                detail: format!("this host's CPU lacks {missing}"),
-            })
-            .collect();
         if !refusals.is_empty() {
             return Err(refusals);
         }
-        match self.build(manifest) {
-            Ok(instance) => {
-                let instance = Arc::new(instance);
-                let ram = Arc::clone(instance.ram());
-                self.instance = Some(instance);
-                Ok(ram)
-            }
-            Err(refusal) => {
-                refusals.push(refusal);
-                Err(refusals)
-            }
-        }
+        let instance = self
+            .build(config, manifest)
+            .map_err(|refusal| vec![refusal])?;
+        let instance = Arc::new(instance);
+        let ram = Arc::clone(instance.ram());
+        self.instance = Some(instance);
+        Ok(ram)
     }
 
     fn restore(&mut self, state: &MachineState) -> Result<(), MachineError> {

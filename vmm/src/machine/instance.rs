@@ -15,7 +15,7 @@ use std::sync::mpsc::Sender;
 
 use arch::x86_64::acpi;
 use arch::x86_64::boot::{self, BootError, BootSources};
-use arch::x86_64::cpuid::{Cpuid, for_vcpu, policy};
+use arch::x86_64::cpuid::{CpuModel, Cpuid, can_be_portable, for_vcpu, has_hyperv, of_model};
 use arch::x86_64::layout;
 use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
@@ -122,15 +122,28 @@ impl Plan {
     }
 }
 
-fn open_hypervisor(kind: Option<HypervisorKind>) -> hypervisor::Result<Box<dyn Hypervisor>> {
+pub(super) fn open_hypervisor(
+    kind: Option<HypervisorKind>,
+) -> hypervisor::Result<Box<dyn Hypervisor>> {
     match kind {
-        None | Some(HypervisorKind::Kvm) => hypervisor::open_default(),
+        None => hypervisor::open_default(),
+        Some(kind) => hypervisor::open(kind),
     }
 }
 
-/// What this host can show a guest.
-pub(super) fn offered_cpuid() -> hypervisor::Result<Cpuid> {
-    Ok(policy(&open_hypervisor(None)?.supported_cpuid()?))
+/// What a host can show a guest of this model.
+pub(super) fn offered_cpuid(
+    hypervisor: &dyn Hypervisor,
+    model: CpuModel,
+) -> hypervisor::Result<Cpuid> {
+    if model == CpuModel::Portable && !can_be_portable(&hypervisor.enlightenments()?) {
+        return Err(hypervisor::Error::Missing {
+            what: "Hyper-V's reference counter, reference TSC and frequency registers, which a guest of the model \
+                   `portable` tells the time by (KVM has them from Linux 5.11 on if it was built with CONFIG_KVM_HYPERV); \
+                   the model `bare` does without",
+        });
+    }
+    Ok(of_model(&hypervisor.supported_cpuid()?, model))
 }
 
 /// A machine that has been built.
@@ -160,8 +173,13 @@ impl Instance {
         let ranges = plan.ram_ranges()?;
         let hypervisor = open_hypervisor(plan.config.hypervisor)?;
         let ram = Arc::new(GuestRam::new(&ranges, plan.config.memory.backing())?);
+        let cpuid = match plan.cpuid {
+            Some(cpuid) => cpuid,
+            None => offered_cpuid(&*hypervisor, plan.config.cpus.model)?,
+        };
         let vm = hypervisor.create_vm(&VmOptions {
             ioapic_pins: layout::IOAPIC_PINS,
+            hyperv: has_hyperv(&cpuid),
         })?;
         let slots: Vec<MemorySlot> = ram
             .regions()
@@ -187,10 +205,6 @@ impl Instance {
         devices.pause();
         let bus = Arc::new(MachineBus::new(pio, mmio, devices.ioapic()));
 
-        let cpuid = match plan.cpuid {
-            Some(cpuid) => cpuid,
-            None => policy(&hypervisor.supported_cpuid()?),
-        };
         let vcpus = (0..plan.config.cpus.boot_vcpus)
             .map(|id| {
                 let mut vcpu = vm.create_vcpu(id)?;
@@ -283,9 +297,7 @@ impl Instance {
     }
 
     pub(super) fn hypervisor_name(&self) -> &'static str {
-        match self.hypervisor.kind() {
-            HypervisorKind::Kvm => "kvm",
-        }
+        self.hypervisor.kind().name()
     }
 
     pub(super) fn demands(&self) -> &Demands {
@@ -315,7 +327,16 @@ impl Instance {
     }
 
     pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
-        BTreeMap::from([("bus".to_owned(), self.bus.counters())])
+        let hypervisor = self.vm.counters().into_iter();
+        BTreeMap::from([
+            ("bus".to_owned(), self.bus.counters()),
+            (
+                "hypervisor".to_owned(),
+                hypervisor
+                    .map(|(name, count)| (name.to_owned(), count))
+                    .collect(),
+            ),
+        ])
     }
 
     /// Stops vCPUs and devices: on return nothing of this machine writes guest memory.
@@ -353,6 +374,7 @@ impl Instance {
                 cpuid: self.cpuid.clone(),
                 tsc_khz: None,
                 msrs: self.hypervisor.msr_indices()?,
+                apic_timer_hz: self.hypervisor.apic_timer_hz()?,
             },
         })
     }

@@ -32,6 +32,8 @@ mod vcpus;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
+use hypervisor::HypervisorKind;
+
 use crate::job::{JobId, Jobs};
 use crate::service::{ReplyTo, Request, Service};
 
@@ -92,8 +94,9 @@ pub struct MachineThread {
 }
 
 impl MachineThread {
-    /// Starts the thread, without a machine.
-    pub fn start(guest_end: GuestEnd) -> std::io::Result<Self> {
+    /// Starts the thread, without a machine. One that does not say which hypervisor it wants gets `hypervisor`, or this
+    /// host's default.
+    pub fn start(guest_end: GuestEnd, hypervisor: Option<HypervisorKind>) -> std::io::Result<Self> {
         let (events, inbox) = mpsc::channel();
         let (exit_sender, exit) = mpsc::channel();
         let jobs = Jobs::default();
@@ -101,7 +104,7 @@ impl MachineThread {
         let thread = std::thread::Builder::new()
             .name("machine".into())
             .spawn(move || {
-                let reason = owner::Owner::new(guest_end, events, jobs).run(&inbox);
+                let reason = owner::Owner::new(guest_end, hypervisor, events, jobs).run(&inbox);
                 // Whoever waited has gone; the process is ending anyway.
                 let _ = exit_sender.send(reason);
             })?;

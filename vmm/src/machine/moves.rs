@@ -232,11 +232,12 @@ impl Owner {
             .start(JobKind::Receive, local, Arc::clone(&control));
         self.machines += 1;
         let number = self.machines;
+        let hypervisor = request.hypervisor.or(self.hypervisor);
         let (events, worker_control) = (self.events.clone(), Arc::clone(&control));
         let spawned = std::thread::Builder::new()
             .name("move-in".into())
             .spawn(move || {
-                let mut machine = MovingIn::new(number, request.serial, events.clone());
+                let mut machine = MovingIn::new(number, request.serial, hypervisor, events.clone());
                 let options = migration::ReceiveOptions::default();
                 let result = migration::receive(&listener, &mut machine, &options, &worker_control)
                     .map_err(ReceiveFailure::Move)

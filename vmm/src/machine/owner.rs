@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 
+use hypervisor::HypervisorKind;
 use migration::MoveControl;
 
 use super::demand::Demand;
@@ -35,6 +36,8 @@ pub(super) struct Moving {
 /// Owns the machine.
 pub(super) struct Owner {
     pub(super) guest_end: GuestEnd,
+    /// Which hypervisor a machine gets that does not say it.
+    pub(super) hypervisor: Option<HypervisorKind>,
     pub(super) events: Sender<Event>,
     pub(super) jobs: Jobs,
     pub(super) machines: u64,
@@ -47,9 +50,15 @@ pub(super) struct Owner {
 }
 
 impl Owner {
-    pub(super) fn new(guest_end: GuestEnd, events: Sender<Event>, jobs: Jobs) -> Self {
+    pub(super) fn new(
+        guest_end: GuestEnd,
+        hypervisor: Option<HypervisorKind>,
+        events: Sender<Event>,
+        jobs: Jobs,
+    ) -> Self {
         Self {
             guest_end,
+            hypervisor,
             events,
             jobs,
             machines: 0,
@@ -167,6 +176,7 @@ impl Owner {
             )));
         }
         config.normalise();
+        config.hypervisor = config.hypervisor.or(self.hypervisor);
         config
             .validate()
             .map_err(|error| ServiceError::new(ErrorKind::BadRequest, error.to_string()))?;

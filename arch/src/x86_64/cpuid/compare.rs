@@ -126,7 +126,7 @@ fn rule(leaf: u32, subleaf: u32, register: Register) -> Rule {
         (0x1d, 1, Eax | Ebx | Ecx) | (0x1e, 0, Ebx) => Rule::Equal("AMX tile layout"),
         (0x24, 0, Ebx) => Rule::AtLeast(0xff, "AVX10 version"),
         (0x4000_0000, _, Ebx | Ecx | Edx) => Rule::Equal("hypervisor interface"),
-        (0x4000_0001, _, Eax) => Rule::Features(ALL),
+        (0x4000_0001, _, Eax) | (0x4000_0003, _, Eax | Edx) => Rule::Features(ALL),
         // Not CmpLegacy (1), which follows the topology.
         (0x8000_0001, _, Ecx) => Rule::Features(!bit(1)),
         (0x8000_0001, _, Edx) => Rule::Features(ALL),
@@ -140,7 +140,7 @@ fn rule(leaf: u32, subleaf: u32, register: Register) -> Rule {
 }
 
 /// Leaves and subleaves that [`rule`] knows, beside those of 0xd from 2 on.
-const COMPARED: [(u32, u32); 21] = [
+const COMPARED: [(u32, u32); 22] = [
     (0, 0),
     (1, 0),
     (6, 0),
@@ -157,6 +157,7 @@ const COMPARED: [(u32, u32); 21] = [
     (0x24, 0),
     (0x4000_0000, 0),
     (0x4000_0001, 0),
+    (0x4000_0003, 0),
     (0x8000_0001, 0),
     (0x8000_0007, 0),
     (0x8000_0008, 0),

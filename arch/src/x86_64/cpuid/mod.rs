@@ -1,10 +1,10 @@
 //! What CPUID shows a guest, as plain data, and what is done to it on the way from host to vCPU.
 //!
 //! ```text
-//!   Hypervisor::supported_cpuid ──► policy ──► the machine's CPUID ──► for_vcpu(topology, id) ──► vCPU
+//!   Hypervisor::supported_cpuid ──► of_model ──► the machine's CPUID ──► for_vcpu(topology, id) ──► vCPU
 //!                                                      │                 (ids, cache sharing, counts)
 //!                                                      ▼ travels in the manifest
-//!   destination: missing_features(guest, policy(its own host)) is empty, or the move is refused by name
+//!   destination: missing_features(guest, of_model(its own host)) is empty, or the move is refused by name
 //! ```
 //!
 //! What it promises:
@@ -15,6 +15,7 @@
 //!   is not compared.
 
 mod compare;
+mod model;
 mod names;
 mod policy;
 mod vcpu;
@@ -22,6 +23,7 @@ mod vcpu;
 use serde::{Deserialize, Serialize};
 
 pub use self::compare::{MissingFeature, Register, missing_features};
+pub use self::model::{CpuModel, can_be_portable, has_hyperv, of_model};
 pub use self::policy::policy;
 pub use self::vcpu::for_vcpu;
 

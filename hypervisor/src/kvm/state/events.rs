@@ -32,17 +32,27 @@ fn expressible(vcpu: &KvmVcpu) -> Expressible {
     }
 }
 
-pub(super) fn save(vcpu: &KvmVcpu, state: &mut VcpuState) -> Result<()> {
+/// Reads what is on its way.
+pub(crate) fn read(vcpu: &KvmVcpu) -> Result<PendingEvents> {
     let events = vcpu
         .fd
         .get_vcpu_events()
         .map_err(call("KVM_GET_VCPU_EVENTS"))?;
-    state.events = from_kvm(&events);
+    Ok(from_kvm(&events))
+}
+
+pub(super) fn save(vcpu: &KvmVcpu, state: &mut VcpuState) -> Result<()> {
+    state.events = read(vcpu)?;
     Ok(())
 }
 
 pub(super) fn restore(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
-    let events = to_kvm(&state.events, expressible(vcpu))
+    write(vcpu, &state.events)
+}
+
+/// Writes what is on its way.
+pub(crate) fn write(vcpu: &KvmVcpu, events: &PendingEvents) -> Result<()> {
+    let events = to_kvm(events, expressible(vcpu))
         .map_err(|reason| refused(vcpu, StateElement::Events, reason))?;
     vcpu.fd
         .set_vcpu_events(&events)

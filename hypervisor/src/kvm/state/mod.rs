@@ -16,7 +16,7 @@
 //!
 //! A restore that KVM refuses names the element ([`Error::StateRefused`]); what the guest cannot have used is skipped.
 
-mod events;
+pub(crate) mod events;
 pub(crate) mod msrs;
 mod nested;
 pub(crate) mod registers;
@@ -30,6 +30,7 @@ use kvm_bindings::{
 
 use super::call;
 use super::vcpu::KvmVcpu;
+use crate::tsc::frequencies_agree;
 use crate::{Error, Result};
 
 type Save = fn(&KvmVcpu, &mut VcpuState) -> Result<()>;
@@ -97,15 +98,6 @@ fn refused(vcpu: &KvmVcpu, element: StateElement, reason: impl Into<String>) -> 
         element: element.name(),
         reason: reason.into(),
     }
-}
-
-/// How far two TSC frequencies may be apart and still count as one, in parts per million: what an NTP client corrects
-/// without stepping (the kernel's `tsc_tolerance_ppm`).
-const TSC_TOLERANCE_PPM: u64 = 250;
-
-/// Whether a guest that was told `saved` kHz can live with `here` kHz.
-fn frequencies_agree(saved: u32, here: u32) -> bool {
-    u64::from(saved.abs_diff(here)) * 1_000_000 <= u64::from(saved) * TSC_TOLERANCE_PPM
 }
 
 fn save_tsc_frequency(vcpu: &KvmVcpu, state: &mut VcpuState) -> Result<()> {
@@ -209,15 +201,6 @@ fn restore_activity(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn tsc_tolerance_is_250_ppm_either_way() {
-        assert!(frequencies_agree(2_000_000, 2_000_500));
-        assert!(frequencies_agree(2_000_000, 1_999_500));
-        assert!(!frequencies_agree(2_000_000, 2_000_501));
-        assert!(!frequencies_agree(2_000_000, 0));
-        assert!(frequencies_agree(u32::MAX, u32::MAX - 1));
-    }
 
     #[test]
     fn every_activity_has_one_kvm_state() {

@@ -28,14 +28,12 @@ use kvm_ioctls::VcpuFd;
 use super::refused;
 use crate::kvm::call;
 use crate::kvm::vcpu::KvmVcpu;
+use crate::msr::{cannot_have_used, refusal};
 use crate::{Error, Result};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-const IA32_SMBASE: u32 = 0x9e;
-const SMBASE_AFTER_RESET: u64 = 0x3_0000;
-const IA32_PERF_CAPABILITIES: u32 = 0x345;
 /// Writing these makes KVM write the time to guest memory, at an address that the guest may use otherwise by now. A
 /// guest writes them anew before each reading (Documentation/virt/kvm/x86/msr.rst).
 const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
@@ -183,30 +181,6 @@ fn tolerate(vcpu: &KvmVcpu, wanted: Msr) -> Result<()> {
     }
 }
 
-/// Registers that some hosts give every vCPU a value of, though no guest of ours is told of them in CPUID.
-fn cannot_have_used(msr: Msr) -> bool {
-    match msr.index {
-        // CPUID.1:ECX.PDCM is hidden, and so are all Hyper-V leaves.
-        IA32_PERF_CAPABILITIES | 0x4000_0000..=0x4000_01ff => true,
-        // Where it is after reset: the guest has never been in system management mode.
-        IA32_SMBASE => msr.value == SMBASE_AFTER_RESET,
-        _ => false,
-    }
-}
-
-fn refusal(wanted: Msr, here: Option<u64>) -> String {
-    let Msr { index, value } = wanted;
-    let name = name(index);
-    match here {
-        Some(here) => format!(
-            "{name} (MSR {index:#x}) is {value:#x} in the guest, {here:#x} here, and cannot be set"
-        ),
-        None => {
-            format!("{name} (MSR {index:#x}) is {value:#x} in the guest and does not exist here")
-        }
-    }
-}
-
 /// By index, but the TSC, its adjustment and the deadline last, in this order: a deadline is armed against the TSC.
 fn in_order(msrs: &[Msr]) -> Cow<'_, [Msr]> {
     let rank = |msr: &Msr| match msr.index {
@@ -223,48 +197,6 @@ fn in_order(msrs: &[Msr]) -> Cow<'_, [Msr]> {
 fn table(entries: &[kvm_msr_entry]) -> Result<Msrs> {
     Msrs::from_entries(entries)
         .map_err(|_| Error::Invalid(format!("{} MSRs are too many for one call", entries.len())))
-}
-
-/// The manual's name of a register, for messages.
-fn name(index: u32) -> &'static str {
-    match index {
-        0x10 => "IA32_TSC",
-        0x3a => "IA32_FEATURE_CONTROL",
-        0x3b => "IA32_TSC_ADJUST",
-        0x48 => "IA32_SPEC_CTRL",
-        0x8b => "IA32_BIOS_SIGN_ID",
-        0xc1..=0xc8 => "IA32_PMCx",
-        0xe1 => "IA32_UMWAIT_CONTROL",
-        0x10a => "IA32_ARCH_CAPABILITIES",
-        0x122 => "IA32_TSX_CTRL",
-        0x140 => "MISC_FEATURES_ENABLES",
-        0x174..=0x176 => "IA32_SYSENTER",
-        0x179..=0x17b => "IA32_MCG",
-        0x186..=0x18d => "IA32_PERFEVTSELx",
-        0x1a0 => "IA32_MISC_ENABLE",
-        0x1c4 => "IA32_XFD",
-        0x1c5 => "IA32_XFD_ERR",
-        0x1d9 => "IA32_DEBUGCTL",
-        0x200..=0x20f | 0x250..=0x26f | 0x2ff => "IA32_MTRR",
-        0x277 => "IA32_PAT",
-        0x345 => "IA32_PERF_CAPABILITIES",
-        0x309..=0x30c | 0x38d..=0x390 => "IA32_FIXED_CTR",
-        0x400..=0x47f => "IA32_MCi",
-        0x480..=0x493 => "IA32_VMX",
-        0x6a0..=0x6a8 => "IA32_CET",
-        0x6e0 => "IA32_TSC_DEADLINE",
-        0xda0 => "IA32_XSS",
-        0xc000_0080 => "IA32_EFER",
-        0xc000_0081..=0xc000_0084 => "IA32_STAR",
-        0xc000_0100..=0xc000_0102 => "IA32_FS_GS_BASE",
-        0xc000_0103 => "IA32_TSC_AUX",
-        0xc000_0104 => "AMD_TSC_RATIO",
-        0xc001_0015 => "AMD_HWCR",
-        0xc001_011f => "AMD_VIRT_SPEC_CTRL",
-        0x4000_0000..=0x4000_01ff => "HYPERV",
-        0x11 | 0x12 | 0x4b56_4d00..=0x4b56_4d08 => "KVM",
-        _ => "a register without a name",
-    }
 }
 
 #[cfg(test)]
@@ -288,33 +220,6 @@ mod tests {
             [0x10, 0x277, 0x2ff, 0x20f, 0x47f, 0xc000_0081]
                 .iter()
                 .all(|index| all.binary_search(index).is_ok())
-        );
-    }
-
-    #[test]
-    fn a_refusal_names_register_and_values() {
-        let text = refusal(
-            Msr {
-                index: 0x10a,
-                value: 0x42,
-            },
-            Some(0),
-        );
-        assert!(
-            text.contains("IA32_ARCH_CAPABILITIES")
-                && text.contains("0x10a")
-                && text.contains("0x42"),
-            "{text}"
-        );
-        assert!(
-            refusal(
-                Msr {
-                    index: 0x1c4,
-                    value: 1
-                },
-                None
-            )
-            .contains("does not exist")
         );
     }
 }

@@ -24,28 +24,48 @@ const EFER_LMA: u64 = 1 << 10;
 /// DR7's four local and four global enable bits.
 const DR7_ENABLES: u64 = 0xff;
 
+/// Reads the general registers.
+pub(crate) fn read_general(vcpu: &KvmVcpu) -> Result<GeneralRegisters> {
+    let regs = vcpu.fd.get_regs().map_err(call("KVM_GET_REGS"))?;
+    Ok(general_from_kvm(&regs))
+}
+
+/// Writes the general registers.
+pub(crate) fn write_general(vcpu: &KvmVcpu, registers: &GeneralRegisters) -> Result<()> {
+    vcpu.fd
+        .set_regs(&general_to_kvm(registers))
+        .map_err(call("KVM_SET_REGS"))
+}
+
 pub(super) fn save_general(vcpu: &KvmVcpu, state: &mut VcpuState) -> Result<()> {
-    state.general = general_from_kvm(&vcpu.fd.get_regs().map_err(call("KVM_GET_REGS"))?);
+    state.general = read_general(vcpu)?;
     Ok(())
 }
 
 pub(super) fn restore_general(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
-    vcpu.fd
-        .set_regs(&general_to_kvm(&state.general))
-        .map_err(call("KVM_SET_REGS"))
+    write_general(vcpu, &state.general)
 }
 
-pub(super) fn save_special(vcpu: &KvmVcpu, state: &mut VcpuState) -> Result<()> {
-    state.special = if vcpu.vm.host.sregs2 {
+/// Reads the special registers.
+pub(crate) fn read_special(vcpu: &KvmVcpu) -> Result<SpecialRegisters> {
+    Ok(if vcpu.vm.host.sregs2 {
         special_from_kvm2(&ioctl::get_sregs2(&vcpu.fd).map_err(call("KVM_GET_SREGS2"))?)
     } else {
         special_from_kvm(&vcpu.fd.get_sregs().map_err(call("KVM_GET_SREGS"))?)
-    };
+    })
+}
+
+pub(super) fn save_special(vcpu: &KvmVcpu, state: &mut VcpuState) -> Result<()> {
+    state.special = read_special(vcpu)?;
     Ok(())
 }
 
 pub(super) fn restore_special(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
-    let special = &state.special;
+    write_special(vcpu, &state.special)
+}
+
+/// Writes the special registers.
+pub(crate) fn write_special(vcpu: &KvmVcpu, special: &SpecialRegisters) -> Result<()> {
     if vcpu.vm.host.sregs2 && special.pdptrs.is_some() {
         return ioctl::set_sregs2(&vcpu.fd, &special_to_kvm2(special))
             .map_err(call("KVM_SET_SREGS2"));

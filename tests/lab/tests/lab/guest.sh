@@ -3,8 +3,19 @@
 # boot NAME: runs the guest of /vm.json to its shell; its API is at /tmp/NAME.sock.
 export VMM_LOG=${VMM_LOG:-info}
 
+# on kvm | on mshv: which hypervisor the next boot or receive uses. There is no /dev/mshv here: its double answers.
+on() {
+    hypervisor=$1
+    case $1 in
+    kvm) preload= ;;
+    mshv) preload="env LD_PRELOAD=/lib/libmshv_double.so" ;;
+    *) fail "no hypervisor $1" ;;
+    esac
+}
+on "${BACK_END:-kvm}"
+
 boot() {
-    start "$1" vmm run --config /vm.json --api-socket "/tmp/$1.sock"
+    start "$1" $preload vmm run --config /vm.json --api-socket "/tmp/$1.sock" --hypervisor "$hypervisor"
     expect "$1" GUEST-UP
 }
 
@@ -24,7 +35,7 @@ counts() {
 
 # receive NAME URL: waits for a guest, and listens when this returns.
 receive() {
-    start "$1" vmm receive "$2" --serial tty --api-socket "/tmp/$1.sock"
+    start "$1" $preload vmm receive "$2" --serial tty --api-socket "/tmp/$1.sock" --hypervisor "$hypervisor"
     tries=$(limit 300)
     until grep -q '^listening on' "/tmp/$1.err"; do
         alive "$1" || fail "$1 ended before it listened"

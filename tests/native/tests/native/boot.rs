@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
+use native::back_end::Hosts;
 use native::process::{Folder, Vmm};
 use serde_json::{Value, json};
 
-use crate::matrix::guest_trial;
+use crate::matrix::guest_trials;
 
 /// Longest a guest may take to do anything here.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
@@ -31,13 +32,18 @@ pub(crate) fn trials() -> Vec<Trial> {
     ] {
         for vcpus in [1, 2] {
             let memory = memory.clone();
-            trials.push(guest_trial(
+            trials.extend(guest_trials(
+                &Hosts::ALIKE,
                 format!("boot::{backing}::{vcpus}_vcpus"),
                 move |folder| boots(folder, vcpus, &memory),
             ));
         }
     }
-    trials.push(guest_trial("boot::reset_and_power_off", resets));
+    trials.extend(guest_trials(
+        &Hosts::ALIKE,
+        "boot::reset_and_power_off",
+        resets,
+    ));
     trials
 }
 

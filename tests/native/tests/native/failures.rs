@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
 use migration::Phase;
+use native::back_end::Hosts;
 use native::process::{Folder, Vmm};
 use native::relay::{Point, Relay, kind};
 use serde_json::{Value, json};
 
 use crate::boot::{LIMIT, memory_guest};
-use crate::matrix::guest_trial;
+use crate::matrix::guest_trials;
 use crate::moves::{expect_ok, move_guest};
 
 /// How the other side is lost.
@@ -30,7 +31,8 @@ pub(crate) fn trials() -> Vec<Trial> {
             ("cut", Loss::Cut),
             ("destination_dies", Loss::DestinationDies),
         ] {
-            trials.push(guest_trial(
+            trials.extend(guest_trials(
+                &Hosts::ALIKE,
                 format!("failures::{phase}::{name}"),
                 move |folder| match phase {
                     Phase::Complete => fails_after_commit(folder, Point::in_phase(phase), loss),
@@ -38,7 +40,8 @@ pub(crate) fn trials() -> Vec<Trial> {
                 },
             ));
         }
-        trials.push(guest_trial(
+        trials.extend(guest_trials(
+            &Hosts::ALIKE,
             format!("failures::{phase}::cancel"),
             move |folder| match phase {
                 Phase::Complete => cancel_too_late(folder),
@@ -46,9 +49,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             },
         ));
     }
-    trials.push(guest_trial("failures::commit_is_lost", |folder| {
-        fails_after_commit(folder, Point::Message(kind::COMMIT), Loss::Cut)
-    }));
+    trials.extend(guest_trials(
+        &Hosts::ALIKE,
+        "failures::commit_is_lost",
+        |folder| fails_after_commit(folder, Point::Message(kind::COMMIT), Loss::Cut),
+    ));
     trials
 }
 

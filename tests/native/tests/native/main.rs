@@ -1,4 +1,4 @@
-//! The native suite: real guests on this machine's KVM.
+//! The native suite: real guests on this machine, each test on every back end.
 
 mod boot;
 mod failures;

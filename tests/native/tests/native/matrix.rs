@@ -1,22 +1,31 @@
-//! How a test body becomes a test: named, skipped with a reason where the host cannot run it.
+//! How a test body becomes tests: one a back end or a pair of them, named, skipped with a reason where the host cannot run it.
 
 use anyhow::Result;
 use libtest_mimic::{Completion, Failed, Trial};
-use native::process::{Folder, no_kvm};
+use native::back_end::Hosts;
+use native::process::Folder;
 
-/// A test that needs a guest.
-pub(crate) fn guest_trial(
-    name: impl Into<String>,
-    body: impl FnOnce(&Folder) -> Result<()> + Send + 'static,
-) -> Trial {
-    Trial::ignorable_test(name, move || match no_kvm() {
-        Some(reason) => Ok(Completion::ignored_with(reason)),
-        None => {
-            let folder = Folder::new().map_err(failed)?;
-            body(&folder).map_err(failed)?;
-            Ok(Completion::Completed)
-        }
-    })
+/// One test of this body for each of `hosts`.
+pub(crate) fn guest_trials(
+    hosts: &[Hosts],
+    name: impl AsRef<str>,
+    body: impl Fn(&Folder) -> Result<()> + Clone + Send + 'static,
+) -> Vec<Trial> {
+    let name = name.as_ref();
+    let trial = |hosts: &Hosts| {
+        let (hosts, body) = (*hosts, body.clone());
+        Trial::ignorable_test(format!("{name}::{}", hosts.name()), move || {
+            match hosts.missing() {
+                Some(reason) => Ok(Completion::ignored_with(reason)),
+                None => {
+                    let folder = Folder::on(hosts).map_err(failed)?;
+                    body(&folder).map_err(failed)?;
+                    Ok(Completion::Completed)
+                }
+            }
+        })
+    };
+    hosts.iter().map(trial).collect()
 }
 
 fn failed(error: anyhow::Error) -> Failed {

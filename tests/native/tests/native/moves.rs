@@ -4,12 +4,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
+use native::back_end::Hosts;
 use native::console::Console;
 use native::process::{Folder, Vmm};
 use serde_json::{Value, json};
 
 use crate::boot::{LIMIT, memory_guest};
-use crate::matrix::guest_trial;
+use crate::matrix::guest_trials;
 
 /// How many moves in a row the long test makes: `NATIVE_MOVES`, or a short run.
 fn chain_length() -> u64 {
@@ -24,21 +25,35 @@ pub(crate) fn trials() -> Vec<Trial> {
     for transport in ["tcp", "unix"] {
         for vcpus in [1, 2] {
             for pattern in ["sequential", "random"] {
-                trials.push(guest_trial(
+                trials.extend(guest_trials(
+                    &Hosts::ALL,
                     format!("moves::{transport}::{vcpus}_vcpus::{pattern}"),
                     move |folder| moves(folder, transport, vcpus, pattern),
                 ));
             }
         }
     }
-    trials.push(guest_trial("moves::shared_memory", moves_shared));
-    trials.push(guest_trial("moves::paused_stays_paused", paused));
-    trials.push(guest_trial(
+    trials.extend(guest_trials(
+        &Hosts::ALL,
+        "moves::shared_memory",
+        moves_shared,
+    ));
+    trials.extend(guest_trials(
+        &Hosts::ALL,
+        "moves::paused_stays_paused",
+        paused,
+    ));
+    trials.extend(guest_trials(
+        &Hosts::ALL,
         "moves::untouched_memory_stays_untouched",
         sparse,
     ));
-    trials.push(guest_trial("moves::registers_clocks_and_timers", registers));
-    trials.push(guest_trial("moves::many_in_a_row", chain));
+    trials.extend(guest_trials(
+        &Hosts::ALL,
+        "moves::registers_clocks_and_timers",
+        registers,
+    ));
+    trials.extend(guest_trials(&Hosts::ALL, "moves::many_in_a_row", chain));
     trials
 }
 

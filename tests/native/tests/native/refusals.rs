@@ -8,23 +8,35 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
+use native::back_end::Hosts;
 use native::process::{Folder, Vmm, binary};
 use serde_json::{Value, json};
 
 use crate::boot::{LIMIT, memory_guest};
-use crate::matrix::guest_trial;
+use crate::matrix::guest_trials;
 use crate::moves::{expect_ok, move_guest};
 
 pub(crate) fn trials() -> Vec<Trial> {
-    vec![
-        guest_trial("refusals::configs", configs),
-        guest_trial("refusals::requests", requests),
-        guest_trial("refusals::states", states),
-        guest_trial("refusals::existing_sockets", existing_sockets),
-        guest_trial("refusals::hostile_sources", hostile_sources),
-        guest_trial("refusals::hostile_destinations", hostile_destinations),
-        guest_trial("refusals::sigterm_leaves_nothing", sigterm),
+    [
+        guest_trials(&Hosts::ALIKE, "refusals::configs", configs),
+        guest_trials(&Hosts::ALIKE, "refusals::requests", requests),
+        guest_trials(&Hosts::ALIKE, "refusals::states", states),
+        guest_trials(
+            &Hosts::ALIKE,
+            "refusals::existing_sockets",
+            existing_sockets,
+        ),
+        guest_trials(&Hosts::ALIKE, "refusals::hostile_sources", hostile_sources),
+        guest_trials(
+            &Hosts::ALIKE,
+            "refusals::hostile_destinations",
+            hostile_destinations,
+        ),
+        guest_trials(&Hosts::ALIKE, "refusals::sigterm_leaves_nothing", sigterm),
     ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 fn configs(folder: &Folder) -> Result<()> {

@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use hypervisor::HypervisorKind;
 use serde_json::json;
 
 use super::child::Vmm;
 use super::guest::{Said, Serial, Verdict};
 use super::report::Report;
-use crate::cli::progress;
+use crate::cli::{HypervisorName, progress};
 use crate::client::{Client, ClientError, Job, Status};
 use crate::service::SendMigration;
 
@@ -30,14 +31,20 @@ const WARM_UP_WRITES: u64 = 4096;
 pub(super) struct Stage<'a> {
     directory: &'a Path,
     interrupted: &'a AtomicBool,
+    hypervisor: Option<HypervisorName>,
 }
 
 impl<'a> Stage<'a> {
     /// A stage whose files are in `directory` and that is left when `interrupted` is set.
-    pub(super) fn new(directory: &'a Path, interrupted: &'a AtomicBool) -> Self {
+    pub(super) fn new(
+        directory: &'a Path,
+        interrupted: &'a AtomicBool,
+        hypervisor: Option<HypervisorName>,
+    ) -> Self {
         Self {
             directory,
             interrupted,
+            hypervisor,
         }
     }
 
@@ -68,9 +75,20 @@ impl<'a> Stage<'a> {
         })
     }
 
+    /// The arguments of a child that runs the guest.
+    fn with_hypervisor<'b>(&self, mut arguments: Vec<&'b str>) -> Vec<&'b str> {
+        if let Some(name) = self.hypervisor {
+            arguments.extend(["--hypervisor", HypervisorKind::from(name).name()]);
+        }
+        arguments
+    }
+
     fn start_source(&self) -> anyhow::Result<(Vmm, Client)> {
         let socket = self.argument("source.sock")?;
-        let mut source = Vmm::start("source", ["serve", "--api-socket", &socket])?;
+        let mut source = Vmm::start(
+            "source",
+            self.with_hypervisor(vec!["serve", "--api-socket", &socket]),
+        )?;
         let api = Client::new(socket)
             .context("cannot start a client")?
             .with_limit(ANSWER);
@@ -136,7 +154,8 @@ impl<'a> Stage<'a> {
 
     fn start_destination(&self) -> anyhow::Result<(Vmm, String)> {
         let serial = format!("socket={}", self.argument("destination-serial.sock")?);
-        let arguments = ["receive", "tcp:127.0.0.1:0", "--serial", &serial];
+        let arguments =
+            self.with_hypervisor(vec!["receive", "tcp:127.0.0.1:0", "--serial", &serial]);
         let mut destination = Vmm::start("destination", arguments)?;
         let url = self.until("the destination process to listen", ANSWER, || {
             destination.check()?;
