@@ -123,6 +123,7 @@ impl Vm {
         set set_memory(iow, 0x46) kvm_userspace_memory_region;
         set set_identity_map(iow, 0x48) u64;
         set enable_cap(iow, 0xa3) kvm_enable_cap;
+        set set_msr_filter(iow, 0xc6) kvm_msr_filter;
         set irqfd(iow, 0x76) kvm_irqfd;
         set ioeventfd(iow, 0x79) kvm_ioeventfd;
         get clock(ior, 0x7c) kvm_clock_data;
@@ -391,7 +392,7 @@ impl Vcpu {
                 }
                 KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR => {
                     let msr = run.__bindgen_anon_1.msr;
-                    let unknown = msr.reason == KVM_MSR_EXIT_REASON_UNKNOWN;
+                    let unknown = msr.reason != KVM_MSR_EXIT_REASON_INVAL;
                     match run.exit_reason {
                         KVM_EXIT_X86_RDMSR => Exit::ReadMsr {
                             index: msr.index,

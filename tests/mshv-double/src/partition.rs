@@ -155,8 +155,13 @@ impl Partition {
         enable(KVM_CAP_EXCEPTION_PAYLOAD, 1)?;
         enable(
             KVM_CAP_X86_USER_SPACE_MSR,
-            u64::from(KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL),
+            u64::from(
+                KVM_MSR_EXIT_REASON_UNKNOWN
+                    | KVM_MSR_EXIT_REASON_INVAL
+                    | KVM_MSR_EXIT_REASON_FILTER,
+            ),
         )?;
+        hide_kvm_msrs(&vm)?;
         // An OUT to port 0x7e would be retired before its exit.
         if host.kvm.check_extension(KVM_CAP_DISABLE_QUIRKS) > 0 {
             enable(
@@ -394,6 +399,25 @@ impl Partition {
     pub(crate) fn xsave_layout(&self) -> Layout {
         Layout::new(&self.host.cpuid, lock(&self.inner).features.xsave_states())
     }
+}
+
+/// Makes KVM's own MSRs (asm/kvm_para.h) unknown to guests, which do not run on KVM as far as they can tell.
+fn hide_kvm_msrs(vm: &Vm) -> Answer<()> {
+    // A clear bit denies; KVM reads whole words of 64.
+    let mut denied = [0u8; 8];
+    let mut filter = kvm_msr_filter {
+        flags: KVM_MSR_FILTER_DEFAULT_ALLOW,
+        ..Default::default()
+    };
+    for (range, (base, nmsrs)) in filter.ranges.iter_mut().zip([(0x11, 2), (0x4b56_4d00, 9)]) {
+        *range = kvm_msr_filter_range {
+            flags: KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE,
+            nmsrs,
+            base,
+            bitmap: denied.as_mut_ptr(),
+        };
+    }
+    vm.set_msr_filter(&filter)
 }
 
 /// Ioctl numbers (include/uapi/linux/mshv.h).

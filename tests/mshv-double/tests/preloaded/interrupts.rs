@@ -25,8 +25,6 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("irqfd_with_resample", irqfd_with_resample),
         trial("ioeventfd", ioeventfd),
         trial("start_up_of_a_second_vp", start_up_of_a_second_vp),
-        trial("an_injected_exception", an_injected_exception),
-        trial("an_interrupt_window", an_interrupt_window),
         trial("signals", signals),
         trial("registers_of_a_running_vp", registers_of_a_running_vp),
         trial("many_threads_at_once", many_threads),
@@ -60,7 +58,7 @@ fn sleeper() -> Guest {
     guest
 }
 
-fn request(level: bool) -> InterruptRequest {
+pub(crate) fn request(level: bool) -> InterruptRequest {
     InterruptRequest {
         interrupt_type: hv_interrupt_type_HV_X64_INTERRUPT_TYPE_FIXED,
         apic_id: 0,
@@ -288,50 +286,6 @@ fn start_up_of_a_second_vp() {
         )[0],
         0
     );
-}
-
-fn an_injected_exception() {
-    // nop, with a handler of #DE at 0x6000: out 3, al
-    let guest = Guest::new(&[0x90, 0xe6, 0x01]);
-    guest.ram.write(0x6000, &[0xe6, 0x03]);
-    guest.ram.write(0, &[0x00, 0x60, 0x00, 0x00]);
-    // Pending, an exception, vector 0.
-    guest.set(&[(hv_register_name_HV_REGISTER_PENDING_EVENT0, 1)]);
-    assert_eq!(guest.get(hv_register_name_HV_REGISTER_PENDING_EVENT0), 1);
-    assert_eq!({ guest.port().port_number }, 3);
-    assert_eq!(guest.get(hv_register_name_HV_REGISTER_PENDING_EVENT0), 0);
-}
-
-fn an_interrupt_window() {
-    // sti; nop; jmp $
-    let guest = Guest::new(&[0xfb, 0x90, 0xeb, 0xfe]);
-    let notifications = hv_register_name_HV_REGISTER_DELIVERABILITY_NOTIFICATIONS;
-    guest.set(&[(notifications, 2)]);
-    let window = |message: hv_message| {
-        message.header.message_type == hv_message_type_HVMSG_X64_INTERRUPTION_DELIVERABLE
-    };
-    // Closed until STI has taken effect.
-    assert!(window(guest.run()));
-    assert!(guest.get(RIP) > CODE);
-    assert_eq!(guest.get(notifications), 0, "told once");
-    // An interrupt of the client's own: its handler does out 2, al.
-    guest.ram.write(0x6000, &[0xe6, 0x02]);
-    guest.ram.write(4 * 0x50, &[0x00, 0x60, 0x00, 0x00]);
-    guest.set(&[(
-        hv_register_name_HV_REGISTER_PENDING_INTERRUPTION,
-        1 | 0x50 << 16,
-    )]);
-    assert_eq!({ guest.port().port_number }, 2);
-    // Open right away: the client is told before the guest runs.
-    guest.ram.write(CODE as usize + 2, &[0xe6, 0x01]);
-    guest.set(&[
-        (RIP, CODE + 1),
-        (hv_register_name_HV_X64_REGISTER_RFLAGS, 0x202),
-        (notifications, 2),
-    ]);
-    assert!(window(guest.run()));
-    assert_eq!(guest.get(RIP), CODE + 1);
-    assert_eq!({ guest.port().port_number }, 1);
 }
 
 extern "C" fn nothing(_: i32) {}

@@ -3,6 +3,7 @@
 //!
 //! The library is next to this executable (`target/<profile>/deps`): cargo builds the package's cdylib before its tests.
 
+mod events;
 mod guest;
 mod interception;
 mod interrupts;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         };
     }
     let suites = [
+        events::trials(),
         interception::trials(),
         interrupts::trials(),
         long_mode::trials(),
