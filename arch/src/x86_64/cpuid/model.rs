@@ -13,7 +13,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Cpuid, CpuidEntry, bit, policy};
+use super::{Cpuid, CpuidEntry, Vendor, bit, policy};
 
 /// A CPU model by name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -39,6 +39,8 @@ const FEATURES_EDX: u32 = bit(8);
 /// CPUID.1:ECX.TSC_DEADLINE. Not every local APIC of the Microsoft hypervisor has that mode.
 const LEAF1_ECX_TSC_DEADLINE: u32 = bit(24);
 
+/// CPUID.1:EDX.MCA: the control registers of the machine-check banks, which a guest sets, are no registers of a VP.
+const MCA: u32 = bit(14);
 /// CPUID.7:ECX.PKU and OSPKE. The processor feature banks of a partition have no bit for protection keys, so no guest of the Microsoft
 /// hypervisor has them.
 const LEAF7_ECX_PROTECTION_KEYS: u32 = bit(3) | bit(4);
@@ -105,6 +107,13 @@ pub fn of_model(host: &Cpuid, model: CpuModel) -> Cpuid {
             .retain(|entry| !(0x4000_0000..0x5000_0000).contains(&entry.leaf));
         if let Some(leaf) = cpuid.get_mut(1, 0) {
             leaf.ecx &= !LEAF1_ECX_TSC_DEADLINE;
+            leaf.edx &= !MCA;
+        }
+        // AMD's extended leaf says it again.
+        if cpuid.vendor() == Vendor::Amd
+            && let Some(leaf) = cpuid.get_mut(0x8000_0001, 0)
+        {
+            leaf.edx &= !MCA;
         }
         if let Some(leaf) = cpuid.get_mut(7, 0) {
             leaf.ecx &= !LEAF7_ECX_PROTECTION_KEYS;
@@ -150,7 +159,7 @@ mod tests {
         Cpuid {
             entries: vec![
                 leaf(0, 1, 0, 0, 0),
-                leaf(1, 0, 0, bit(24) | bit(20), 0),
+                leaf(1, 0, 0, bit(24) | bit(20), MCA | bit(7)),
                 leaf(0x4000_0000, 0x4000_0001, 0x4b4d_564b, 0x564b_4d56, 0x4d),
                 leaf(0x4000_0001, u32::MAX, 0, 0, 0),
             ],
@@ -163,6 +172,7 @@ mod tests {
         assert_eq!(portable.kvm_base(), None);
         assert!(can_be_portable(&portable));
         let leaf = portable.get(1, 0).expect("leaf 1");
+        assert_eq!(leaf.edx, bit(7));
         assert_eq!(leaf.ecx & (bit(20) | bit(24) | bit(31)), bit(20) | bit(31));
         assert!(
             portable
