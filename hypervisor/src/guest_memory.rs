@@ -242,9 +242,10 @@ unsafe fn exchange_16(cell: *mut u128, expected: u128, new: u128) -> u128 {
     unsafe {
         std::arch::asm!(
             "xchg {new_low}, rbx",
-            "lock cmpxchg16b [{cell}]",
+            "lock cmpxchg16b [rdi]",
             "mov rbx, {new_low}",
-            cell = in(reg) cell,
+            // Named, so that it cannot be RBX.
+            in("rdi") cell,
             new_low = inout(reg) new as u64 => _,
             in("rcx") (new >> 64) as u64,
             inout("rax") low,

@@ -43,36 +43,61 @@ impl Tracking {
     /// See [`crate::Vm::start_dirty_log`].
     pub(crate) fn start(&self, fd: &VmFd, memory: &Memory, slot: MemorySlot) -> Result<()> {
         let mut seen = self.seen();
-        let mut mapped = memory.write();
-        let mapped = mapped
-            .iter_mut()
-            .find(|mapped| mapped.slot == slot)
-            .ok_or_else(|| missing(slot))?;
         if seen.contains_key(&slot.slot) {
             return Ok(());
         }
+        memory
+            .write()
+            .iter_mut()
+            .find(|mapped| mapped.slot == slot)
+            .ok_or_else(|| missing(slot))?
+            .emulated = Some(marks(slot));
         if seen.is_empty() {
             fd.enable_dirty_page_tracking()
                 .map_err(call("HV_PARTITION_PROPERTY_GPA_PAGE_ACCESS_TRACKING"))?;
         }
-        mapped.emulated = Some(marks(slot));
         let words = (slot.len / PAGE).div_ceil(64);
         let words = usize::try_from(words).unwrap_or(usize::MAX);
         seen.insert(slot.slot, vec![0; words]);
         // What was written before does not count.
-        access_states(fd, slot, MSHV_GPAP_ACCESS_OP_CLEAR, |_, _| {})
+        access_states(fd, slot, MSHV_GPAP_ACCESS_OP_CLEAR, |_, _| {}).map_err(|(_, error)| error)
     }
 
     /// See [`crate::Vm::stop_dirty_log`].
     pub(crate) fn stop(&self, fd: &VmFd, memory: &Memory, slot: MemorySlot) -> Result<()> {
+        Self::end(&mut self.seen(), fd, memory, slot)
+    }
+
+    /// Ends tracking and takes the slot away by `unmap`, with nobody able to start it in between.
+    pub(crate) fn unmap(
+        &self,
+        fd: &VmFd,
+        memory: &Memory,
+        slot: MemorySlot,
+        unmap: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
         let mut seen = self.seen();
+        // While it is mapped: its pages must not stay write-protected in the hypervisor.
+        Self::end(&mut seen, fd, memory, slot)?;
+        let mut slots = memory.write();
+        unmap()?;
+        slots.retain(|known| known.slot != slot);
+        Ok(())
+    }
+
+    fn end(
+        seen: &mut HashMap<u32, Vec<u64>>,
+        fd: &VmFd,
+        memory: &Memory,
+        slot: MemorySlot,
+    ) -> Result<()> {
         if seen.remove(&slot.slot).is_none() {
             return Ok(());
         }
         if let Some(mapped) = memory.write().iter_mut().find(|mapped| mapped.slot == slot) {
             mapped.emulated = None;
-            access_states(fd, slot, MSHV_GPAP_ACCESS_OP_SET, |_, _| {})?;
         }
+        access_states(fd, slot, MSHV_GPAP_ACCESS_OP_SET, |_, _| {}).map_err(|(_, error)| error)?;
         if seen.is_empty() {
             fd.disable_dirty_page_tracking()
                 .map_err(call("HV_PARTITION_PROPERTY_GPA_PAGE_ACCESS_TRACKING"))?;
@@ -107,12 +132,19 @@ impl Tracking {
                 slot.len / PAGE
             ))
         })?;
-        access_states(fd, slot, MSHV_GPAP_ACCESS_OP_CLEAR, |first, part| {
+        let fetched = access_states(fd, slot, MSHV_GPAP_ACCESS_OP_CLEAR, |first, part| {
             let first = (first / 64) as usize;
             for (word, new) in seen.iter_mut().skip(first).zip(part) {
                 *word |= new;
             }
-        })?;
+        });
+        if let Err((first, error)) = fetched {
+            // The driver may have re-armed any part of this batch without saying what it saw.
+            let first = (first / 64) as usize;
+            let batch = seen.iter_mut().skip(first).take((BATCH / 64) as usize);
+            batch.for_each(|word| *word = u64::MAX);
+            return Err(error);
+        }
         if let Some(marks) = &mapped.emulated {
             add_marks(marks, seen, true);
         }
@@ -124,12 +156,13 @@ impl Tracking {
 }
 
 /// Reads the access states of a slot's pages, does `operation` to them, and hands each batch to `sink` with the index of its first page.
+/// A failure says at which page the batch begins that failed.
 fn access_states(
     fd: &VmFd,
     slot: MemorySlot,
     operation: u32,
     mut sink: impl FnMut(u64, &[u64]),
-) -> Result<()> {
+) -> std::result::Result<(), (u64, Error)> {
     let pages = slot.len / PAGE;
     let mut first = 0;
     while first < pages {
@@ -141,7 +174,7 @@ fn access_states(
                 MSHV_GPAP_ACCESS_TYPE_DIRTY as u8,
                 operation as u8,
             )
-            .map_err(call("MSHV_GET_GPAP_ACCESS_BITMAP"))?;
+            .map_err(|error| (first, call("MSHV_GET_GPAP_ACCESS_BITMAP")(error)))?;
         sink(first, &part);
         first += count;
     }

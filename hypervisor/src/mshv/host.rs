@@ -14,10 +14,10 @@ use mshv_bindings::{
     hv_register_name_HV_REGISTER_INTERRUPT_CLOCK_FREQUENCY as INTERRUPT_CLOCK_FREQUENCY,
     mshv_create_partition_v2,
 };
-use mshv_ioctls::{Mshv, VmFd};
+use mshv_ioctls::{Mshv, MshvError, VmFd};
 
 use super::{call, cpuid, registers};
-use crate::Result;
+use crate::{Error, Result};
 
 /// HV_PARTITION_SYNTHETIC_PROCESSOR_FEATURES (TLFS; Linux `include/hyperv/hvhdk.h`): what a guest gets of Hyper-V's interface.
 ///
@@ -31,6 +31,10 @@ const SYNTHETIC: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 6 | 1 << 7 | 1 << 8 | 1 << 9 |
 
 /// The same for a guest that sees no such interface: only that there is a hypervisor (0).
 const BARE: u64 = 1;
+
+/// CPUID.1:ECX.TSC_DEADLINE. Not offered: the hypervisor is known to lose its interrupts for guests that did not come through firmware
+/// (OpenVMM hides it too), and a lost one is a guest that hangs.
+const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 
 /// The opened `/dev/mshv` with its answers.
 pub(crate) struct Host {
@@ -52,9 +56,13 @@ impl Host {
     /// Asks `fd` all that a partition needs to know before it is made.
     pub(crate) fn new(fd: Mshv) -> Result<Self> {
         const { assert!(MSHV_NUM_CPU_FEATURES_BANKS == 2 && FEATURE_BANKS == 2) };
-        let ask = |code, operation| {
-            fd.get_host_partition_property(code)
-                .map_err(call(operation))
+        let ask = |code, operation| match fd.get_host_partition_property(code) {
+            // The first drivers pass hypercalls on for partitions only.
+            Err(MshvError::Errno(errno)) if errno.errno() == libc::ENOTTY => Err(Error::Missing {
+                what: "hypercalls through /dev/mshv itself (MSHV_ROOT_HVCALL), which the driver of Linux 6.15 does not \
+                       have yet: use a newer kernel",
+            }),
+            answer => answer.map_err(call(operation)),
         };
         Ok(Self {
             features: [
@@ -130,8 +138,12 @@ impl Host {
         }
         let partition = self.create_partition(true)?;
         let vp = partition.create_vcpu(0).map_err(call("MSHV_CREATE_VP"))?;
+        let mut cpuid = cpuid::enumerate(&vp)?;
+        if let Some(leaf) = cpuid.get_mut(1, 0) {
+            leaf.ecx &= !LEAF1_ECX_TSC_DEADLINE;
+        }
         let asked = Asked {
-            cpuid: cpuid::enumerate(&vp)?,
+            cpuid,
             msrs: super::state::msrs::readable(&vp)?,
             apic_timer_hz: registers::read(&vp, &[INTERRUPT_CLOCK_FREQUENCY])
                 .ok()

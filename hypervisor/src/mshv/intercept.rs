@@ -30,7 +30,6 @@ use mshv_bindings::{
     hv_register_name_HV_X64_REGISTER_RIP as RIP, hv_register_name_HV_X64_REGISTER_XFEM as XFEM,
 };
 
-use super::kick::Running;
 use super::message::{
     self, Access, ApicEoiMessage, CpuidMessage, InterceptHeader, IoPortMessage, MemoryMessage,
     MsrMessage,
@@ -74,14 +73,13 @@ impl MshvVcpu {
         &self,
         message: &hv_message,
         bus: &dyn ExitBus,
-        running: &Running<'_>,
     ) -> Result<Option<VcpuExit>> {
         match message::kind(message) {
             IO_PORT_INTERCEPT => {
                 let io: IoPortMessage = message::payload(message);
                 if io.is_string() || io.header.instruction_length() == 0 {
                     let bytes = valid(&io.instruction_bytes, io.instruction_byte_count);
-                    self.emulate(&io.header, bytes, bus, running)
+                    self.emulate(&io.header, bytes, bus)
                 } else {
                     self.port(&io, bus).map(|()| None)
                 }
@@ -96,7 +94,7 @@ impl MshvVcpu {
                     );
                     return Ok(Some(self.fault(reason, bytes)));
                 }
-                self.emulate(&access.header, bytes, bus, running)
+                self.emulate(&access.header, bytes, bus)
             }
             APIC_EOI => {
                 let eoi: ApicEoiMessage = message::payload(message);
@@ -193,8 +191,11 @@ impl MshvVcpu {
         header: &InterceptHeader,
         bytes: &[u8],
         bus: &dyn ExitBus,
-        running: &Running<'_>,
     ) -> Result<Option<VcpuExit>> {
+        if header.interruption_pending() {
+            let reason = "the guest's event cannot be delivered: its descriptor, handler's stack or shadow is no memory";
+            return Ok(Some(self.fault(reason.to_owned(), bytes)));
+        }
         let before = CpuState {
             general: registers::general(&self.fd)?,
             special: registers::special(&self.fd)?,
@@ -210,20 +211,16 @@ impl MshvVcpu {
         let port_event = |port, data: &[u8]| self.vm.port_events.write(port, data);
         let mut platform = GuestPlatform::new(&self.vm.memory, bus, &before, cpuid, &mut extended)
             .with_port_events(&port_event);
-        let outcome = loop {
-            match emulate(&mut platform, &mut after, bytes, &options) {
-                Ok(Outcome::Repeating) if !running.kicked() => {}
-                Ok(outcome) => {
-                    self.vm.emulation.count(true);
-                    break outcome;
-                }
-                Err(error) => {
-                    self.vm.emulation.count(false);
-                    self.write_back(&before, &after)?;
-                    return Ok(Some(self.fault(error.to_string(), bytes)));
-                }
+        // A REP that is not finished comes back as the next intercept, with a chance for interrupts and kicks in between.
+        let outcome = match emulate(&mut platform, &mut after, bytes, &options) {
+            Ok(outcome) => outcome,
+            Err(error) => {
+                self.vm.emulation.count(false);
+                self.write_back(&before, &after)?;
+                return Ok(Some(self.fault(error.to_string(), bytes)));
             }
         };
+        self.vm.emulation.count(true);
         if let Outcome::Exception(exception) = &outcome {
             let length = software_length(exception);
             after.general.rip = after.general.rip.wrapping_sub(length);

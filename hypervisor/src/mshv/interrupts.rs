@@ -15,6 +15,9 @@ use crate::{Error, GsiRoute, Msi, Result};
 /// MSHV_MAX_GUEST_IRQS (Linux `drivers/hv/mshv.h`).
 const MAX_ROUTES: usize = 4096;
 
+/// HV_X64_INTERRUPT_TYPE_LOWESTPRIORITY; fixed is 0.
+const LOWEST_PRIORITY: u32 = 1;
+
 /// The request that delivers a message. `None`: the message is none that a local APIC takes.
 pub(crate) fn request(msi: Msi) -> Option<InterruptRequest> {
     let low = msi.address as u32;
@@ -56,8 +59,14 @@ fn table(routes: &[GsiRoute]) -> Result<Vec<u64>> {
         )));
     }
     let mut words = Vec::with_capacity(1 + 2 * routes.len());
-    words.push(routes.len() as u64);
-    for route in routes {
+    // The driver refuses a whole table for one message with an upper half, and delivers any other as an interrupt whatever it says. What is
+    // none leads nowhere, as with hardware; a guest can write such a thing into the IOAPIC.
+    let usable = |route: &&GsiRoute| {
+        route.msi.address >> 32 == 0
+            && request(route.msi).is_some_and(|request| request.interrupt_type <= LOWEST_PRIORITY)
+    };
+    words.push(routes.iter().filter(usable).count() as u64);
+    for route in routes.iter().filter(usable) {
         let Msi { address, data } = route.msi;
         words.push(u64::from(route.gsi) | address << 32);
         words.push(address >> 32 | u64::from(data) << 32);
@@ -78,11 +87,25 @@ mod tests {
         assert_eq!(offset_of!(mshv_user_irq_entry, address_lo), 4);
         assert_eq!(offset_of!(mshv_user_irq_entry, address_hi), 8);
         let msi = Msi {
-            address: 0x1_fee0_2000,
+            address: 0xfee0_2000,
             data: 0x44,
         };
-        let words = table(&[GsiRoute { gsi: 7, msi }]).expect("few");
-        assert_eq!(words, [1, 7 | 0xfee0_2000 << 32, 1 | 0x44 << 32]);
+        let route = |gsi, msi| GsiRoute { gsi, msi };
+        let words = table(&[route(7, msi)]).expect("few");
+        assert_eq!(words, [1, 7 | 0xfee0_2000 << 32, 0x44 << 32]);
+        let upper = Msi {
+            address: 0x1_fee0_2000,
+            ..msi
+        };
+        let nmi = Msi { data: 0x400, ..msi };
+        let nothing = Msi::default();
+        let some = [
+            route(1, upper),
+            route(2, nmi),
+            route(3, nothing),
+            route(7, msi),
+        ];
+        assert_eq!(table(&some).expect("few"), words);
         assert!(table(&vec![GsiRoute { gsi: 1, msi }; 5000]).is_err());
     }
 

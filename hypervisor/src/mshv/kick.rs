@@ -113,14 +113,9 @@ pub(crate) struct Running<'a> {
 }
 
 impl Running<'_> {
-    /// Whether somebody has kicked and waits for the answer.
-    pub(crate) fn kicked(&self) -> bool {
-        self.handle.wanted.load(Ordering::SeqCst)
-    }
-
     /// Whether somebody has kicked; if so, that is answered herewith.
     pub(crate) fn take_kick(&self) -> bool {
-        if !self.kicked() {
+        if !self.handle.wanted.load(Ordering::SeqCst) {
             return false;
         }
         let runner = self.handle.runner();

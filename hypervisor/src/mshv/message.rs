@@ -70,6 +70,11 @@ impl InterceptHeader {
         }
     }
 
+    /// Bit 6 of the execution state: an event was being delivered, so that the access belongs to no instruction.
+    pub(crate) fn interruption_pending(&self) -> bool {
+        self.execution_state & 1 << 6 != 0
+    }
+
     /// Bit 12 of the execution state: the instruction before was STI or MOV SS.
     pub(crate) fn interrupt_shadow(&self) -> bool {
         self.execution_state & 1 << 12 != 0

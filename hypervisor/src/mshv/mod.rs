@@ -1,4 +1,5 @@
-//! The back end for the Microsoft hypervisor, through Linux's driver (`drivers/hv/mshv_root_main.c`, Linux 6.15 or later).
+//! The back end for the Microsoft hypervisor, through Linux's driver (`drivers/hv/mshv_root_main.c`; newer than 6.15's, which passes
+//! no hypercalls on for the host itself).
 //!
 //! ```text
 //!   Mshv ─ open("/dev/mshv") ─ Host: processor features, CPUID and MSRs of a throw-away VP, each asked once
@@ -19,7 +20,7 @@
 //!   state saved between two runs is complete.
 //! - Nearly everything beyond running is a hypercall that the driver passes on; those that `mshv-ioctls` has wrapped are used as
 //!   they are, others are made with its `hvcall`.
-//! - Guest memory is pinned by the driver as long as it is mapped: a machine here takes all its memory at once.
+//! - Guest memory may be pinned by the driver as long as it is mapped (it depends on its version): then a machine takes all of it at once.
 //! - The partition's time stands still while no VP is inside [`crate::Vcpu::run`] ([`time`]).
 //! - A message that this code does not know becomes [`crate::VcpuExit::Fault`] with the registers; no message panics.
 

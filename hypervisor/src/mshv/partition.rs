@@ -1,6 +1,6 @@
 //! One machine: memory, interrupts, I/O events, dirty log and time of a partition.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use arch::x86_64::state::MachineClock;
 use mshv_bindings::{
@@ -32,6 +32,10 @@ pub(crate) struct VmShared {
     pub running: time::Running,
     /// Instructions that were emulated here.
     pub emulation: Counters,
+    /// The guest has Hyper-V's interface.
+    pub hyperv: bool,
+    /// The TSC that vCPU 0 was restored with.
+    pub first_tsc: Mutex<Option<u64>>,
 }
 
 /// A machine under the Microsoft hypervisor.
@@ -54,6 +58,8 @@ impl MshvVm {
                 port_events: PortEvents::default(),
                 running,
                 emulation: Counters::default(),
+                hyperv,
+                first_tsc: Mutex::default(),
             }),
             tracking: Tracking::default(),
         })
@@ -144,20 +150,17 @@ impl Vm for MshvVm {
             self.shared.memory.slot(slot.slot).ok_or_else(|| {
                 Error::Invalid(format!("memory slot {} is not mapped", slot.slot))
             })?;
-        // While it is mapped: its pages must not stay write-protected in the hypervisor.
-        self.tracking
-            .stop(&self.shared.fd, &self.shared.memory, mapped)?;
         let unmapped = mshv_user_mem_region {
             flags: 1 << MSHV_SET_MEM_BIT_UNMAP,
             ..region(mapped)
         };
-        let mut slots = self.shared.memory.write();
-        self.shared
-            .fd
-            .unmap_user_memory(unmapped)
-            .map_err(call("MSHV_SET_GUEST_MEMORY"))?;
-        slots.retain(|known| known.slot != mapped);
-        Ok(())
+        let Self { shared, tracking } = self;
+        tracking.unmap(&shared.fd, &shared.memory, mapped, || {
+            shared
+                .fd
+                .unmap_user_memory(unmapped)
+                .map_err(call("MSHV_SET_GUEST_MEMORY"))
+        })
     }
 
     fn set_gsi_routes(&self, routes: &[GsiRoute]) -> Result<()> {

@@ -59,7 +59,7 @@ impl MshvVcpu {
             }
             match self.fd.run() {
                 Ok(message) => {
-                    if let Some(exit) = self.serve(&message, bus, running)? {
+                    if let Some(exit) = self.serve(&message, bus)? {
                         return Ok(exit);
                     }
                 }

@@ -19,6 +19,7 @@ use mshv_bindings::{
     hv_register_name_HV_REGISTER_PENDING_EVENT0 as PENDING_EVENT0,
     hv_register_name_HV_REGISTER_PENDING_EVENT1 as PENDING_EVENT1,
     hv_register_name_HV_REGISTER_PENDING_INTERRUPTION as PENDING_INTERRUPTION,
+    hv_register_name_HV_X64_REGISTER_RFLAGS as RFLAGS,
 };
 
 use super::{lapic, refused};
@@ -36,6 +37,12 @@ const SOFT_EXCEPTION: u64 = 6;
 
 /// Interrupt shadow in the neutral state: by STI. The hypervisor does not say which instruction it was.
 const SHADOW_BY_STI: u8 = 0b10;
+/// By MOV SS.
+const SHADOW_BY_MOV_SS: u8 = 0b01;
+/// RFLAGS.IF.
+const INTERRUPT_FLAG: u64 = 1 << 9;
+/// #PF.
+const PAGE_FAULT: u8 = 14;
 /// HV_X64_PENDING_EVENT_TYPE of an exception.
 const EVENT_EXCEPTION: u64 = 0;
 
@@ -62,36 +69,43 @@ pub(crate) fn without_shadow(interrupt_state: Words) -> Register {
 pub(crate) const SHADOW_REGISTER: u32 = INTERRUPT_STATE;
 
 pub(super) fn save(vcpu: &MshvVcpu, state: &mut VcpuState) -> Result<()> {
-    let [[interruption, _], event, other, [interrupt_state, _]] = registers::read_array(
+    let [
+        [interruption, _],
+        event,
+        other,
+        [interrupt_state, _],
+        [rflags, _],
+    ] = registers::read_array(
         &vcpu.fd,
         &[
             PENDING_INTERRUPTION,
             PENDING_EVENT0,
             PENDING_EVENT1,
             INTERRUPT_STATE,
+            RFLAGS,
         ],
     )?;
     let nmi_pending = lapic::read(&vcpu.fd)?.apic_irr[0] & lapic::NMI_REQUEST != 0;
     state.events = events_from(interruption, event, other, interrupt_state, nmi_pending)
         .map_err(|reason| refused(vcpu, StateElement::Events, reason))?;
+    // After STI interrupts are on; a processor refuses to enter a guest of which only one of the two is said.
+    if state.events.interrupt_shadow != 0 && rflags & INTERRUPT_FLAG == 0 {
+        state.events.interrupt_shadow = SHADOW_BY_MOV_SS;
+    }
     Ok(())
 }
 
 pub(super) fn restore(vcpu: &MshvVcpu, state: &VcpuState) -> Result<()> {
-    let table =
-        events_to(&state.events).map_err(|reason| refused(vcpu, StateElement::Events, reason))?;
-    registers::write(&vcpu.fd, &table)?;
-    let mut here = lapic::read(&vcpu.fd)?;
-    let wanted = if state.events.nmi_pending {
-        lapic::NMI_REQUEST
-    } else {
-        0
-    };
-    if here.apic_irr[0] & lapic::NMI_REQUEST != wanted {
-        here.apic_irr[0] ^= lapic::NMI_REQUEST;
-        lapic::write(&vcpu.fd, &here)?;
+    let mut events = state.events;
+    // A page fault of which no address was said has it in CR2 already, where the hypervisor would put the parameter.
+    if let Some(exception) = &mut events.exception
+        && exception.vector == PAGE_FAULT
+    {
+        exception.payload.get_or_insert(state.special.cr2);
     }
-    Ok(())
+    let table = events_to(&events).map_err(|reason| refused(vcpu, StateElement::Events, reason))?;
+    // A waiting NMI has gone with the local APIC.
+    registers::write(&vcpu.fd, &table)
 }
 
 fn events_from(

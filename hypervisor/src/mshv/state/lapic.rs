@@ -93,7 +93,12 @@ pub(super) fn restore(vcpu: &MshvVcpu, state: &VcpuState) -> Result<()> {
         ));
     }
     let here = read(&vcpu.fd)?;
-    write(&vcpu.fd, &from_page(page, &here))
+    let mut lapic = from_page(page, &here);
+    lapic.apic_irr[0] &= !NMI_REQUEST;
+    if state.events.nmi_pending {
+        lapic.apic_irr[0] |= NMI_REQUEST;
+    }
+    write(&vcpu.fd, &lapic)
 }
 
 /// The registers that both have, with their offset in the page.

@@ -3,6 +3,8 @@
 //! A restore sets all that exist here, and goes on after one that does not, or cannot be set, if nothing is lost by it; otherwise the
 //! restore is refused by the register's name. The TSC comes last, then its adjustment and the deadline, which is armed against it.
 
+use std::sync::PoisonError;
+
 use arch::x86_64::state::{Msr, StateElement, VcpuState};
 use mshv_bindings::{
     hv_register_name_HV_REGISTER_GUEST_OS_ID as GUEST_OS_ID,
@@ -21,7 +23,8 @@ use mshv_bindings::{
     hv_register_name_HV_X64_REGISTER_MSR_MTRR_FIX64K00000 as MTRR_FIX64K,
     hv_register_name_HV_X64_REGISTER_MSR_MTRR_PHYS_BASE0 as MTRR_BASE0,
     hv_register_name_HV_X64_REGISTER_MSR_MTRR_PHYS_MASK0 as MTRR_MASK0,
-    hv_register_name_HV_X64_REGISTER_PAT as PAT, hv_register_name_HV_X64_REGISTER_SFMASK as SFMASK,
+    hv_register_name_HV_X64_REGISTER_PAT as PAT, hv_register_name_HV_X64_REGISTER_S_CET as S_CET,
+    hv_register_name_HV_X64_REGISTER_SFMASK as SFMASK,
     hv_register_name_HV_X64_REGISTER_SPEC_CTRL as SPEC_CTRL,
     hv_register_name_HV_X64_REGISTER_STAR as STAR,
     hv_register_name_HV_X64_REGISTER_SYSENTER_CS as SYSENTER_CS,
@@ -30,7 +33,8 @@ use mshv_bindings::{
     hv_register_name_HV_X64_REGISTER_TSC as TSC,
     hv_register_name_HV_X64_REGISTER_TSC_ADJUST as TSC_ADJUST,
     hv_register_name_HV_X64_REGISTER_TSC_AUX as TSC_AUX,
-    hv_register_name_HV_X64_REGISTER_U_XSS as XSS,
+    hv_register_name_HV_X64_REGISTER_U_CET as U_CET, hv_register_name_HV_X64_REGISTER_U_XSS as XSS,
+    hv_register_name_HV_X64_REGISTER_VIRT_SPEC_CTRL as VIRT_SPEC_CTRL,
 };
 use mshv_ioctls::VcpuFd;
 
@@ -44,25 +48,35 @@ const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
 const IA32_ARCH_CAPABILITIES: u32 = 0x10a;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
-/// HvX64RegisterTscDeadline (TLFS, register names), which the bindings lack.
+// Register names of the TLFS that the bindings lack.
+const TSX_CTRL: u32 = 0x0008_0088;
 const TSC_DEADLINE: u32 = 0x0008_0095;
+const UMWAIT_CONTROL: u32 = 0x0008_0098;
+const XFD: u32 = 0x0008_0099;
+const XFD_ERR: u32 = 0x0008_009a;
 
 /// MSR indices (SDM vol. 4; TLFS for those of 0x4000_0000 on) and the registers that they are. The bases of FS and GS, EFER and the
 /// APIC base belong to the special registers.
-const NAMES: [(u32, u32); 25] = [
+const NAMES: [(u32, u32); 32] = [
     (IA32_TSC, TSC),
     (IA32_TSC_ADJUST, TSC_ADJUST),
     (0x48, SPEC_CTRL),
+    (0xe1, UMWAIT_CONTROL),
+    (0x122, TSX_CTRL),
     (0x174, SYSENTER_CS),
     (0x175, SYSENTER_ESP),
     (0x176, SYSENTER_EIP),
     (0x1a0, MISC_ENABLE),
+    (0x1c4, XFD),
+    (0x1c5, XFD_ERR),
     (0x1d9, DEBUG_CTL),
     (0x250, MTRR_FIX64K),
     (0x258, MTRR_FIX16K),
     (0x259, MTRR_FIX16K + 1),
     (0x277, PAT),
     (0x2ff, MTRR_DEF_TYPE),
+    (0x6a0, U_CET),
+    (0x6a2, S_CET),
     (IA32_TSC_DEADLINE, TSC_DEADLINE),
     (0xd90, BNDCFGS),
     (0xda0, XSS),
@@ -75,6 +89,7 @@ const NAMES: [(u32, u32); 25] = [
     (0xc000_0083, CSTAR),
     (0xc000_0084, SFMASK),
     (0xc000_0103, TSC_AUX),
+    (0xc001_011f, VIRT_SPEC_CTRL),
 ];
 /// KVM's own (Linux Documentation/virt/kvm/x86/msr.rst).
 const KVM: std::ops::RangeInclusive<u32> = 0x4b56_4d00..=0x4b56_4d08;
@@ -131,7 +146,7 @@ pub(super) fn save(vcpu: &MshvVcpu, state: &mut VcpuState) -> Result<()> {
         .iter()
         .filter_map(|&index| Some((index, register_name(index)?)))
         .collect();
-    // Hyper-V's registers fail where the guest does not have that interface, and are all that may.
+    // Hyper-V's registers are not there where the guest does not have that interface.
     let (synthetic, own): (Vec<_>, Vec<_>) = names
         .into_iter()
         .partition(|(index, _)| HYPERV.contains(index));
@@ -143,14 +158,18 @@ pub(super) fn save(vcpu: &MshvVcpu, state: &mut VcpuState) -> Result<()> {
         index: *index,
         value,
     });
-    let synthetic = synthetic.iter().filter_map(|(index, name)| {
-        let [value, _] = *registers::read(&vcpu.fd, &[*name]).ok()?.first()?;
-        Some(Msr {
-            index: *index,
-            value,
-        })
-    });
-    state.msrs = own.chain(synthetic).collect();
+    state.msrs = own.collect();
+    if vcpu.vm.hyperv {
+        let names: Vec<u32> = synthetic.iter().map(|(_, name)| *name).collect();
+        let values = registers::read(&vcpu.fd, &names)?;
+        let synthetic = synthetic.iter().zip(values);
+        state
+            .msrs
+            .extend(synthetic.map(|((index, _), [value, _])| Msr {
+                index: *index,
+                value,
+            }));
+    }
     state.msrs.sort_unstable();
     Ok(())
 }
@@ -172,6 +191,7 @@ pub(super) fn restore(vcpu: &MshvVcpu, state: &VcpuState) -> Result<()> {
     let table: Vec<Register> = known
         .iter()
         .filter_map(|msr| Some(Register::new(register_name(msr.index)?, msr.value)))
+        .map(|register| in_step(vcpu, state.tsc_khz, register))
         .collect();
     if registers::write(&vcpu.fd, &table).is_ok() {
         return Ok(());
@@ -191,6 +211,30 @@ pub(super) fn restore(vcpu: &MshvVcpu, state: &VcpuState) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The TSC of a later vCPU, in step with the first one's.
+///
+/// KVM's vCPUs are saved one after the other while their TSCs run on, so what was in step is apart by the time that took. KVM itself
+/// brings values back in step that are less than a second apart; here time is frozen and each would be kept as it was read.
+fn in_step(vcpu: &MshvVcpu, tsc_khz: Option<u32>, mut register: Register) -> Register {
+    if register.name != TSC {
+        return register;
+    }
+    let mut first = vcpu
+        .vm
+        .first_tsc
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner);
+    let value = &mut register.value[0];
+    // A second at a frequency that no TSC is below, should it not be known.
+    let second = u64::from(tsc_khz.unwrap_or(1_000_000)) * 1000;
+    match *first {
+        Some(first) if vcpu.id != 0 && value.abs_diff(first) < second => *value = first,
+        _ if vcpu.id == 0 => *first = Some(*value),
+        _ => {}
+    }
+    register
 }
 
 /// By index, but the TSC, its adjustment and the deadline last, in this order.
