@@ -78,9 +78,8 @@ pub trait Hypervisor: Send + Sync {
     fn enlightenments(&self) -> Result<Cpuid> {
         Ok(Cpuid::default())
     }
-    /// Ticks a second of the local APIC's timer with divisor 1, if it is known: a guest that has measured it keeps
-    /// counting with it.
-    fn apic_timer_hz(&self) -> Result<Option<u64>> {
+    /// How fast the local APIC's timer of a guest runs, if it is known: a guest that has measured it keeps counting with it.
+    fn apic_timer(&self) -> Result<Option<ApicTimer>> {
         Ok(None)
     }
     /// The MSRs that this host saves and restores, sorted.
@@ -88,6 +87,15 @@ pub trait Hypervisor: Send + Sync {
     /// Creates an empty machine: no memory, no vCPUs, local APICs in the hypervisor, the IOAPIC in user
     /// space with `options.ioapic_pins` pins.
     fn create_vm(&self, options: &VmOptions) -> Result<Arc<dyn Vm>>;
+}
+
+/// The local APIC's timer of a host's guests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ApicTimer {
+    /// Ticks a second with divisor 1, if nothing else is asked for.
+    pub hz: u64,
+    /// It can be made to run at another rate: [`VmOptions::apic_timer_hz`].
+    pub adjustable: bool,
 }
 
 /// What must be known when a machine is created.
@@ -98,6 +106,8 @@ pub struct VmOptions {
     pub ioapic_pins: u32,
     /// Guests see Hyper-V's interface: a back end that must know it beforehand backs it. Without, its registers are not there.
     pub hyperv: bool,
+    /// Ticks a second of the local APICs' timers; `None` leaves them at [`ApicTimer::hz`].
+    pub apic_timer_hz: Option<u64>,
 }
 
 /// A range of guest-physical memory backed by this process's memory.

@@ -3,7 +3,7 @@
 //! ```text
 //!   emulator ──► GuestPlatform ── translate ──► emulator::paging, over the guest's page tables in RAM
 //!                     ├── read, write ──► RAM (guest_memory: marks what it dirties) or, where there is none, ExitBus
-//!                     ├── ports ────────► I/O events of the back end, then ExitBus
+//!                     ├── ports ────────► I/O events (ioevents.rs), then ExitBus
 //!                     └── vectors, XSAVE ► ExtendedState: the back end's XSAVE area
 //! ```
 
@@ -17,8 +17,9 @@ use crate::emulator::{
     XsaveComponent,
 };
 use crate::guest_memory::{Memory, Target};
+use crate::ioevents::IoEvents;
 use crate::xsave::Layout;
-use crate::{ExitBus, Result};
+use crate::{ExitBus, IoEventAddress, Result};
 
 /// Widest access of a device.
 const WIDEST: usize = 8;
@@ -31,14 +32,14 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
-    /// One more; `completed` unless the emulator could not do it.
-    pub(crate) fn count(&self, completed: bool) {
+    /// One more; `completed` unless the emulator could not do it. Answers how many of that kind there have been.
+    pub(crate) fn count(&self, completed: bool) -> u64 {
         let counter = if completed {
             &self.completed
         } else {
             &self.failed
         };
-        counter.fetch_add(1, Ordering::Relaxed);
+        counter.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// For [`crate::Vm::counters`].
@@ -50,11 +51,6 @@ impl Counters {
             ),
             ("emulation_failures", self.failed.load(Ordering::Relaxed)),
         ]
-    }
-
-    /// How many were completed.
-    pub(crate) fn completed(&self) -> u64 {
-        self.completed.load(Ordering::Relaxed)
     }
 }
 
@@ -72,42 +68,51 @@ pub(crate) trait ExtendedState {
 const AVX: u32 = 2;
 const ZMM_HI256: u32 = 6;
 
-/// Takes a write to a port, if it is an I/O event.
-pub(crate) type PortEvent<'a> = &'a dyn Fn(u16, &[u8]) -> bool;
-
-/// Memory, ports and vector registers of the vCPU whose instruction is emulated.
+/// Memory, ports and extended state of the vCPU whose instruction is emulated.
 pub(crate) struct GuestPlatform<'a> {
     memory: &'a Memory,
+    events: &'a IoEvents,
     bus: &'a dyn ExitBus,
     paging: Paging,
     layout: Layout,
     extended: &'a mut dyn ExtendedState,
-    port_event: Option<PortEvent<'a>>,
+    /// The local APIC's page, which is the hypervisor's own.
+    apic: Option<u64>,
 }
+
+/// IA32_APIC_BASE (SDM vol. 3, section 11.4.4): x2APIC mode, on, and where the page is.
+const APIC_X2APIC: u64 = 1 << 10;
+const APIC_ON: u64 = 1 << 11;
+const APIC_PAGE: u64 = 0x000f_ffff_ffff_f000;
 
 impl<'a> GuestPlatform<'a> {
     /// The platform of an instruction that begins in `state`.
     pub(crate) fn new(
         memory: &'a Memory,
+        events: &'a IoEvents,
         bus: &'a dyn ExitBus,
         state: &CpuState,
         cpuid: &Cpuid,
         extended: &'a mut dyn ExtendedState,
     ) -> Self {
+        let base = state.special.apic_base;
         Self {
             memory,
+            events,
             bus,
             paging: paging(state, cpuid),
             layout: Layout::of(cpuid),
             extended,
-            port_event: None,
+            apic: (base & (APIC_ON | APIC_X2APIC) == APIC_ON).then_some(base & APIC_PAGE),
         }
     }
 
-    /// With I/O events that are matched here.
-    pub(crate) fn with_port_events(mut self, event: PortEvent<'a>) -> Self {
-        self.port_event = Some(event);
-        self
+    /// Fails for the local APIC's registers, which only the hypervisor can serve.
+    fn not_the_apic(&self, gpa: u64) -> std::result::Result<(), PlatformError> {
+        if self.apic == Some(gpa & APIC_PAGE) {
+            return Err("it accesses the local APIC, which is the hypervisor's".into());
+        }
+        Ok(())
     }
 }
 
@@ -156,6 +161,7 @@ impl Platform for GuestPlatform<'_> {
 
     fn read(&mut self, gpa: u64, data: &mut [u8]) -> std::result::Result<(), PlatformError> {
         if !self.memory.load(gpa, data) {
+            self.not_the_apic(gpa)?;
             for (at, part) in (gpa..).step_by(WIDEST).zip(data.chunks_mut(WIDEST)) {
                 part.fill(0xff);
                 self.bus.mmio_read(at, part);
@@ -166,8 +172,11 @@ impl Platform for GuestPlatform<'_> {
 
     fn write(&mut self, gpa: u64, data: &[u8]) -> std::result::Result<(), PlatformError> {
         if !self.memory.store(gpa, data) {
+            self.not_the_apic(gpa)?;
             for (at, part) in (gpa..).step_by(WIDEST).zip(data.chunks(WIDEST)) {
-                self.bus.mmio_write(at, part);
+                if !self.events.write(IoEventAddress::Mmio(at), part) {
+                    self.bus.mmio_write(at, part);
+                }
             }
         }
         Ok(())
@@ -202,7 +211,7 @@ impl Platform for GuestPlatform<'_> {
     }
 
     fn pio_write(&mut self, port: u16, data: &[u8]) -> std::result::Result<(), PlatformError> {
-        if !self.port_event.is_some_and(|event| event(port, data)) {
+        if !self.events.write(IoEventAddress::Pio(port), data) {
             self.bus.pio_write(port, data);
         }
         Ok(())

@@ -20,6 +20,7 @@ mod emulated;
 pub mod emulator;
 mod error;
 mod guest_memory;
+mod ioevents;
 pub mod kvm;
 pub mod mshv;
 mod msr;

@@ -19,6 +19,10 @@ const HEADER: usize = 512;
 pub(crate) const HEADER_END: usize = 576;
 /// Bit 63 of XCOMP_BV: the area is compacted.
 const COMPACTED: u64 = 1 << 63;
+/// MXCSR in the legacy region, its value after reset, and that of the x87 control word at 0.
+const MXCSR: usize = 24;
+const MXCSR_RESET: u32 = 0x1f80;
+const FCW_RESET: u16 = 0x37f;
 /// x87 and SSE, which are in the legacy region.
 const LEGACY: u64 = 0b11;
 
@@ -139,6 +143,13 @@ impl Layout {
             .get(..HEADER)
             .ok_or_else(|| "the area has no legacy region".to_owned())?;
         standard[..HEADER].copy_from_slice(legacy);
+        // What is not in use need not have been written (SDM vol. 1, section 13.10), and MXCSR is loaded with AVX too.
+        if in_use & 1 == 0 {
+            standard[..2].copy_from_slice(&FCW_RESET.to_le_bytes());
+        }
+        if in_use >> 1 & 1 == 0 {
+            standard[MXCSR..MXCSR + 4].copy_from_slice(&MXCSR_RESET.to_le_bytes());
+        }
         let mut kept = in_use & LEGACY;
         for (place, at) in self.compacted(compaction) {
             if in_use >> place.component & 1 == 0 {
@@ -192,7 +203,11 @@ impl Layout {
             fitted.truncate(like.len());
             return Ok(fitted);
         }
-        let in_use = word(&fitted, HEADER).unwrap_or(0);
+        let mut in_use = word(&fitted, HEADER).unwrap_or(0);
+        // In the standard format MXCSR is loaded with SSE or AVX, in this one with SSE alone.
+        if in_use & 0b110 != 0 && fitted[MXCSR..MXCSR + 4] != MXCSR_RESET.to_le_bytes() {
+            in_use |= 1 << 1;
+        }
         let lacking = in_use & !(compaction | LEGACY);
         if lacking != 0 {
             return Err(format!(

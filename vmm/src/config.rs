@@ -78,7 +78,7 @@ pub struct CpusConfig {
     pub topology: Option<TopologyConfig>,
     /// What the guest is shown of the processor: `host` (default), `portable` or `bare`, with which it can move between
     /// KVM and the Microsoft hypervisor ([`CpuModel`]).
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub model: CpuModel,
 }
 
@@ -125,6 +125,11 @@ pub struct MemoryConfig {
     /// Transparent huge pages are advised.
     #[serde(default = "yes")]
     pub thp: bool,
+}
+
+/// What older builds do not know is said only where it differs.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn yes() -> bool {

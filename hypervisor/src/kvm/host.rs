@@ -7,8 +7,8 @@ use kvm_bindings::{
     KVM_CAP_ADJUST_CLOCK, KVM_CAP_DEBUGREGS, KVM_CAP_EXCEPTION_PAYLOAD,
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NESTED_STATE, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_SREGS2,
     KVM_CAP_SYS_HYPERV_CPUID, KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_X2APIC_API,
-    KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_CAP_XCRS, KVM_CAP_XSAVE2, KVM_CLOCK_REALTIME,
-    KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_CAP_X86_APIC_BUS_CYCLES_NS, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_CAP_XCRS, KVM_CAP_XSAVE2,
+    KVM_CLOCK_REALTIME, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
 };
 
@@ -42,6 +42,8 @@ pub(crate) struct Host {
     pub x2apic_api: u64,
     /// KVM_CAP_TSC_DEADLINE_TIMER.
     pub tsc_deadline: bool,
+    /// KVM_CAP_X86_APIC_BUS_CYCLES_NS.
+    pub apic_bus_cycles: bool,
     /// Bytes of an XSAVE area here.
     pub xsave_size: usize,
     /// Bytes of the largest nested state, 0 when KVM does not even report it.
@@ -84,6 +86,7 @@ impl Host {
             debug_registers: ask(KVM_CAP_DEBUGREGS) != 0,
             x2apic_api,
             tsc_deadline: ask(KVM_CAP_TSC_DEADLINE_TIMER) != 0,
+            apic_bus_cycles: ask(KVM_CAP_X86_APIC_BUS_CYCLES_NS) != 0,
             xsave_size: size(KVM_CAP_XSAVE2).max(ioctl::XSAVE_MIN),
             nested_size: size(KVM_CAP_NESTED_STATE),
             supported: OnceLock::new(),

@@ -37,15 +37,13 @@ use std::sync::Arc;
 
 use arch::x86_64::cpuid::Cpuid;
 
-use crate::{Capabilities, Error, Hypervisor, HypervisorKind, Result, Vm, VmOptions};
+use crate::{ApicTimer, Capabilities, Error, Hypervisor, HypervisorKind, Result, Vm, VmOptions};
 use host::Host;
 
 /// The device node.
 const DEVICE: &str = "/dev/kvm";
 /// KVM's only API version since 2007.
 const API_VERSION: i32 = 12;
-/// KVM's local APIC timer, unless KVM_CAP_X86_APIC_BUS_CYCLES_NS says otherwise (Documentation/virt/kvm/api.rst).
-const APIC_TIMER_HZ: u64 = 1_000_000_000;
 
 /// Linux KVM.
 pub struct Kvm {
@@ -118,8 +116,11 @@ impl Hypervisor for Kvm {
         self.host.enlightenments()
     }
 
-    fn apic_timer_hz(&self) -> Result<Option<u64>> {
-        Ok(Some(APIC_TIMER_HZ))
+    fn apic_timer(&self) -> Result<Option<ApicTimer>> {
+        Ok(Some(ApicTimer {
+            hz: vm::APIC_TIMER_HZ,
+            adjustable: self.host.apic_bus_cycles,
+        }))
     }
 
     fn msr_indices(&self) -> Result<Vec<u32>> {

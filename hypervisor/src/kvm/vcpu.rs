@@ -27,7 +27,7 @@ use kvm_bindings::{
 use kvm_ioctls::VcpuFd;
 
 use super::kick::KickHandle;
-use super::rescue::Rescue;
+use super::rescue::{Rescue, Rescued};
 use super::vm::VmShared;
 use super::{call, cpuid, ioctl, state};
 use crate::{ExitBus, Result, Vcpu, VcpuExit, VcpuKick};
@@ -42,6 +42,8 @@ pub(crate) struct KvmVcpu {
     pub(super) id: u32,
     /// CPUID offers VMX or SVM, so that nested state may exist.
     pub(super) nests: bool,
+    /// What is remembered of instructions that were emulated here.
+    pub(super) rescued: Rescued,
     kick: Arc<KickHandle>,
     /// The thread that has the kick signal unblocked.
     unblocked: Option<libc::pthread_t>,
@@ -66,6 +68,7 @@ impl KvmVcpu {
             vm,
             id,
             nests: false,
+            rescued: Rescued::default(),
             kick,
             unblocked: None,
         })
@@ -225,9 +228,10 @@ impl Vcpu for KvmVcpu {
         let running = kick.running();
         loop {
             match ioctl::run(&self.fd) {
-                Ok(()) => {}
+                Ok(()) => self.software_delivered(),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR) => {
+                        self.take_back_software()?;
                         running.acknowledge();
                         return Ok(VcpuExit::Interrupted);
                     }
@@ -267,8 +271,7 @@ impl Vcpu for KvmVcpu {
                         return Ok(VcpuExit::Fault(self.fault()));
                     };
                     match self.rescue(&bytes, bus)? {
-                        Rescue::GoesOn => {}
-                        Rescue::Halted => return Ok(VcpuExit::Halt),
+                        Rescue::GoesOn => continue,
                         Rescue::Failed(why) => {
                             let mut fault = self.fault();
                             fault.reason = format!("{}; here: {why}", fault.reason);

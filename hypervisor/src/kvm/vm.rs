@@ -8,9 +8,9 @@ use arch::x86_64::layout;
 use arch::x86_64::state::MachineClock;
 use kvm_bindings::{
     KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP,
-    KVM_CAP_X2APIC_API, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_clock_data, kvm_enable_cap, kvm_msi,
-    kvm_userspace_memory_region,
+    KVM_CAP_X2APIC_API, KVM_CAP_X86_APIC_BUS_CYCLES_NS, KVM_CAP_X86_TRIPLE_FAULT_EVENT,
+    KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    kvm_clock_data, kvm_enable_cap, kvm_msi, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -20,9 +20,14 @@ use super::state::msrs::ReadableMsrs;
 use super::{call, routes, vcpu};
 use crate::emulated::Counters;
 use crate::guest_memory::{self, Mapped, Memory, PAGE};
+use crate::ioevents::IoEvents;
 use crate::{
     Error, GsiRoute, IoEventAddress, IoEventMatch, MemorySlot, Msi, Result, Vcpu, Vm, VmOptions,
 };
+
+const NS_PER_S: u64 = 1_000_000_000;
+/// KVM's local APIC timer, unless KVM_CAP_X86_APIC_BUS_CYCLES_NS says otherwise (Documentation/virt/kvm/api.rst).
+pub(super) const APIC_TIMER_HZ: u64 = NS_PER_S;
 
 /// What a machine and its vCPUs share; the vCPUs keep it alive.
 pub(crate) struct VmShared {
@@ -38,6 +43,8 @@ pub(crate) struct VmShared {
     pub memory: Memory,
     /// Instructions that were emulated here.
     pub emulation: Counters,
+    /// I/O events, for writes that are emulated here.
+    pub io_events: IoEvents,
 }
 
 /// A machine under KVM.
@@ -73,6 +80,18 @@ impl KvmVm {
         if host.x2apic_api != 0 {
             enable(KVM_CAP_X2APIC_API, host.x2apic_api, "KVM_CAP_X2APIC_API")?;
         }
+        if let Some(hz) = options.apic_timer_hz.filter(|&hz| hz != APIC_TIMER_HZ) {
+            if !host.apic_bus_cycles || hz == 0 || !NS_PER_S.is_multiple_of(hz) {
+                return Err(Error::Invalid(format!(
+                    "this KVM's local APIC timers cannot run at {hz} Hz (KVM_CAP_X86_APIC_BUS_CYCLES_NS, Linux 6.11)"
+                )));
+            }
+            enable(
+                KVM_CAP_X86_APIC_BUS_CYCLES_NS,
+                NS_PER_S / hz,
+                "KVM_CAP_X86_APIC_BUS_CYCLES_NS",
+            )?;
+        }
         if host.exception_payload {
             enable(KVM_CAP_EXCEPTION_PAYLOAD, 1, "KVM_CAP_EXCEPTION_PAYLOAD")?;
         }
@@ -105,6 +124,7 @@ impl KvmVm {
                 tsc_written: AtomicBool::new(false),
                 memory: Memory::default(),
                 emulation: Counters::default(),
+                io_events: IoEvents::default(),
             }),
             scratch: Mutex::default(),
         })
@@ -188,7 +208,7 @@ impl Vm for KvmVm {
         guest_memory::check(slot)?;
         let mut slots = self.shared.memory.write();
         let known = slots.iter_mut().find(|known| known.slot.slot == slot.slot);
-        // A slot that is mapped again stays tracked.
+        // A slot that is mapped again stays tracked, and what was written to it stays marked.
         let dirty_log = known.as_ref().is_some_and(|known| known.emulated.is_some());
         // SAFETY: forwarded.
         unsafe { self.set_region(slot, slot.len, dirty_log)? };
@@ -197,6 +217,7 @@ impl Vm for KvmVm {
             emulated: dirty_log.then(|| guest_memory::marks(slot)),
         };
         match known {
+            Some(known) if known.slot.len == slot.len => known.slot = slot,
             Some(known) => *known = mapped,
             None => slots.push(mapped),
         }
@@ -319,6 +340,25 @@ enum Registration {
 
 impl KvmVm {
     fn ioevent(
+        &self,
+        event: &EventFd,
+        at: IoEventAddress,
+        when: IoEventMatch,
+        what: Registration,
+    ) -> Result<()> {
+        let known = &self.shared.io_events;
+        match what {
+            Registration::Add => known.add(event, at, when)?,
+            Registration::Remove => known.remove(event, at, when)?,
+        }
+        let done = self.kernel_ioevent(event, at, when, what);
+        if done.is_err() && matches!(what, Registration::Add) {
+            known.remove(event, at, when)?;
+        }
+        done
+    }
+
+    fn kernel_ioevent(
         &self,
         event: &EventFd,
         at: IoEventAddress,

@@ -41,7 +41,7 @@ use crate::emulated::{ExtendedState, GuestPlatform};
 use crate::emulator::{
     CpuState, Exception, ExceptionKind, Options, Outcome, emulate, exception_vector,
 };
-use crate::{ExitBus, Result, VcpuExit};
+use crate::{ExitBus, IoEventAddress, Result, VcpuExit};
 
 /// RFLAGS.TF.
 const TRAP_FLAG: u64 = 1 << 8;
@@ -150,7 +150,8 @@ impl MshvVcpu {
         if io.header.access() == Access::Write {
             let rax = io.rax.to_le_bytes();
             let data = &rax[..size];
-            if !self.vm.port_events.write(io.port, data) {
+            let at = IoEventAddress::Pio(io.port);
+            if !self.vm.io_events.write(at, data) {
                 bus.pio_write(io.port, data);
             }
             return self.complete(&io.header, &[]);
@@ -208,9 +209,15 @@ impl MshvVcpu {
         };
         let mut after = before;
         let mut extended = VpState(self);
-        let port_event = |port, data: &[u8]| self.vm.port_events.write(port, data);
-        let mut platform = GuestPlatform::new(&self.vm.memory, bus, &before, cpuid, &mut extended)
-            .with_port_events(&port_event);
+        let vm = &self.vm;
+        let mut platform = GuestPlatform::new(
+            &vm.memory,
+            &vm.io_events,
+            bus,
+            &before,
+            cpuid,
+            &mut extended,
+        );
         // A REP that is not finished comes back as the next intercept, with a chance for interrupts and kicks in between.
         let outcome = match emulate(&mut platform, &mut after, bytes, &options) {
             Ok(outcome) => outcome,

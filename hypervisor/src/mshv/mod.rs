@@ -5,7 +5,7 @@
 //!   Mshv ─ open("/dev/mshv") ─ Host: processor features, CPUID and MSRs of a throw-away VP, each asked once
 //!    │ create_vm
 //!    ▼
-//!   MshvVm ── slots (guest_memory.rs), dirty log (dirty.rs), routes, irqfd, ioeventfd (interrupts.rs, ioevents.rs), time (time.rs)
+//!   MshvVm ── slots (guest_memory.rs), dirty log (dirty.rs), routes, irqfd, ioeventfd (interrupts.rs, ../ioevents.rs), time (time.rs)
 //!    │ create_vcpu
 //!    ▼              MSHV_RUN_VP ──► intercept message ──► intercept.rs ──┐
 //!   MshvVcpu ── run() ──▲          port, memory, EOI: ExitBus;           │
@@ -29,7 +29,6 @@ mod dirty;
 mod host;
 mod intercept;
 mod interrupts;
-mod ioevents;
 mod kick;
 mod message;
 mod partition;
@@ -43,7 +42,7 @@ use std::sync::Arc;
 use arch::x86_64::cpuid::Cpuid;
 use mshv_ioctls::MshvError;
 
-use crate::{Capabilities, Error, Hypervisor, HypervisorKind, Result, Vm, VmOptions};
+use crate::{ApicTimer, Capabilities, Error, Hypervisor, HypervisorKind, Result, Vm, VmOptions};
 use host::Host;
 
 /// The device node.
@@ -116,8 +115,12 @@ impl Hypervisor for Mshv {
         Ok(cpuid)
     }
 
-    fn apic_timer_hz(&self) -> Result<Option<u64>> {
-        self.host.apic_timer_hz()
+    fn apic_timer(&self) -> Result<Option<ApicTimer>> {
+        let hz = self.host.apic_timer_hz()?;
+        Ok(hz.map(|hz| ApicTimer {
+            hz,
+            adjustable: false,
+        }))
     }
 
     fn msr_indices(&self) -> Result<Vec<u32>> {
@@ -127,6 +130,14 @@ impl Hypervisor for Mshv {
     fn create_vm(&self, options: &VmOptions) -> Result<Arc<dyn Vm>> {
         // The IOAPIC's pins need not be known: every level-triggered interrupt's end is reported.
         let host = Arc::clone(&self.host);
+        if let Some(wanted) = options.apic_timer_hz
+            && let Some(hz) = host.apic_timer_hz()?
+            && wanted != hz
+        {
+            return Err(Error::Invalid(format!(
+                "local APIC timers run at {hz} Hz here, not at {wanted} Hz"
+            )));
+        }
         Ok(Arc::new(partition::MshvVm::new(host, options.hyperv)?))
     }
 }

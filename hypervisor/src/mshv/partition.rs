@@ -12,10 +12,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::dirty::Tracking;
 use super::host::Host;
-use super::ioevents::PortEvents;
 use super::{call, interrupts, time, vcpu};
 use crate::emulated::Counters;
 use crate::guest_memory::{self, Mapped, Memory, PAGE};
+use crate::ioevents::IoEvents;
 use crate::{Error, GsiRoute, IoEventAddress, IoEventMatch, MemorySlot, Msi, Result, Vcpu, Vm};
 
 /// What a machine and its vCPUs share; the vCPUs keep it alive.
@@ -26,8 +26,8 @@ pub(crate) struct VmShared {
     pub fd: VmFd,
     /// Its memory.
     pub memory: Memory,
-    /// I/O events of ports.
-    pub port_events: PortEvents,
+    /// I/O events, those of ports here alone.
+    pub io_events: IoEvents,
     /// VPs inside `run`.
     pub running: time::Running,
     /// Instructions that were emulated here.
@@ -55,7 +55,7 @@ impl MshvVm {
                 host,
                 fd,
                 memory: Memory::default(),
-                port_events: PortEvents::default(),
+                io_events: IoEvents::default(),
                 running,
                 emulation: Counters::default(),
                 hyperv,
@@ -192,10 +192,14 @@ impl Vm for MshvVm {
         {
             return Err(odd_size(size));
         }
-        match at {
-            IoEventAddress::Pio(port) => self.shared.port_events.add(event, port, when),
-            IoEventAddress::Mmio(gpa) => self.memory_event(event, gpa, when, Registration::Add),
+        self.shared.io_events.add(event, at, when)?;
+        if let IoEventAddress::Mmio(gpa) = at
+            && let Err(error) = self.memory_event(event, gpa, when, Registration::Add)
+        {
+            self.shared.io_events.remove(event, at, when)?;
+            return Err(error);
         }
+        Ok(())
     }
 
     fn unregister_ioevent(
@@ -204,8 +208,9 @@ impl Vm for MshvVm {
         at: IoEventAddress,
         when: IoEventMatch,
     ) -> Result<()> {
+        self.shared.io_events.remove(event, at, when)?;
         match at {
-            IoEventAddress::Pio(port) => self.shared.port_events.remove(event, port, when),
+            IoEventAddress::Pio(_) => Ok(()),
             IoEventAddress::Mmio(gpa) => self.memory_event(event, gpa, when, Registration::Remove),
         }
     }

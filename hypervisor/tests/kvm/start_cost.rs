@@ -46,6 +46,7 @@ fn start_cost() {
             .create_vm(&VmOptions {
                 ioapic_pins: 24,
                 hyperv: false,
+                apic_timer_hz: None,
             })
             .expect("create a machine");
         lap();

@@ -22,7 +22,7 @@ use crate::message::Kind;
 use crate::shared::SHARED;
 use crate::status::{self, Status};
 use crate::sys::{self, Answer, note};
-use crate::vp::{Vp, lock};
+use crate::vp::{Timing, Vp, lock};
 use crate::xsave::Layout;
 
 /// The driver's limit (drivers/hv/mshv_root.h, MSHV_MAX_VPS).
@@ -84,8 +84,7 @@ pub(crate) struct Partition {
     msr_intercepts: AtomicU32,
     ignore_unknown_msrs: AtomicBool,
     frozen: AtomicBool,
-    /// Whether the TSC of any VP has been set.
-    tsc_written: Arc<AtomicBool>,
+    timing: Arc<Timing>,
 }
 
 impl Partition {
@@ -151,6 +150,16 @@ impl Partition {
             KVM_CAP_X2APIC_API,
             u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK),
         )?;
+        // The hypervisor's local APIC timers run at 200 MHz, KVM's at 1 GHz if it cannot be told otherwise. A guest must be able to learn
+        // which it is, so this is done only where KVM has the frequency registers.
+        let adjustable = host.kvm.check_extension(KVM_CAP_X86_APIC_BUS_CYCLES_NS) > 0
+            && host.kvm.check_extension(KVM_CAP_SYS_HYPERV_CPUID) > 0;
+        let apic_timer_hz = if adjustable {
+            enable(KVM_CAP_X86_APIC_BUS_CYCLES_NS, 5)?;
+            200_000_000
+        } else {
+            1_000_000_000
+        };
         // Without it KVM cannot tell a pending exception from one that is being delivered.
         enable(KVM_CAP_EXCEPTION_PAYLOAD, 1)?;
         enable(
@@ -192,7 +201,10 @@ impl Partition {
             msr_intercepts: AtomicU32::new(0),
             ignore_unknown_msrs: AtomicBool::new(false),
             frozen: AtomicBool::new(false),
-            tsc_written: Arc::default(),
+            timing: Arc::new(Timing {
+                tsc_written: AtomicBool::new(false),
+                apic_timer_hz,
+            }),
         })
     }
 
@@ -288,7 +300,7 @@ impl Partition {
         vcpu.set_cpuid(&base)?;
         // KVM draws its map of APIC identifiers before a new vCPU is in its list; setting a state redraws it.
         vcpu.set_lapic(&vcpu.lapic()?)?;
-        let vp = Arc::new(Vp::new(index, vcpu, base, Arc::clone(&self.tsc_written)));
+        let vp = Arc::new(Vp::new(index, vcpu, base, Arc::clone(&self.timing)));
         vps.insert(index, Arc::clone(&vp));
         Ok(vp)
     }

@@ -413,7 +413,9 @@ impl<'a> Bank<'a> {
                 (u64::from(vcpu.tsc_khz().unwrap_or_default().unsigned_abs()) * 1000).into()
             }
             // KVM's local APIC timer counts nanoseconds.
-            hv_register_name_HV_REGISTER_INTERRUPT_CLOCK_FREQUENCY => 1_000_000_000.into(),
+            hv_register_name_HV_REGISTER_INTERRUPT_CLOCK_FREQUENCY => {
+                state.timing.apic_timer_hz.into()
+            }
             _ if is_kept(name) => state.kept(name),
             _ => {
                 note!("register {name:#x} is unknown");
@@ -493,7 +495,7 @@ impl<'a> Bank<'a> {
                 note!("PAT: {low:#x} names unknown memory types");
                 return Err(status::InvalidRegisterValue);
             }
-            if msr == IA32_TSC && !state.tsc_written.swap(true, Ordering::Relaxed) {
+            if msr == IA32_TSC && !state.timing.tsc_written.swap(true, Ordering::Relaxed) {
                 // KVM takes a value close to where the TSC would be by now as meant to be in step, and before Linux 6.7 compares the first
                 // one with the zero of creation: one that is far from any goes ahead.
                 vcpu.set_msr(msr, low ^ 1 << 60)

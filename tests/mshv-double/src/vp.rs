@@ -52,8 +52,16 @@ pub(crate) struct VpState {
     /// MSHV_VP_STATE_SIMP, _SIEFP and _SYNTHETIC_TIMERS, by type.
     pub(crate) pages: BTreeMap<u8, Vec<u8>>,
     signal_mask: Option<u64>,
-    /// Whether the TSC of any VP of the partition has been set; shared by all of them.
-    pub(crate) tsc_written: Arc<AtomicBool>,
+    pub(crate) timing: Arc<Timing>,
+}
+
+/// What all VPs of a partition share of its time.
+#[derive(Debug)]
+pub(crate) struct Timing {
+    /// Whether the TSC of any of them has been set.
+    pub(crate) tsc_written: AtomicBool,
+    /// Ticks a second of their local APIC timers.
+    pub(crate) apic_timer_hz: u64,
 }
 
 impl VpState {
@@ -108,7 +116,7 @@ impl Vp {
         index: u32,
         vcpu: Vcpu,
         cpuid_base: Vec<kvm_cpuid_entry2>,
-        tsc_written: Arc<AtomicBool>,
+        timing: Arc<Timing>,
     ) -> Self {
         let state = VpState {
             index,
@@ -123,7 +131,7 @@ impl Vp {
             kept: BTreeMap::new(),
             pages: BTreeMap::new(),
             signal_mask: None,
-            tsc_written,
+            timing,
         };
         Vp {
             index,

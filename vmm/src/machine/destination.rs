@@ -7,8 +7,7 @@ use arch::x86_64::cpuid::missing_features;
 use hypervisor::HypervisorKind;
 use memory::GuestRam;
 use migration::{
-    CpuContract, DestinationMachine, MachineError, MachineState, Manifest, Refusal, RefusalKind,
-    RunState,
+    DestinationMachine, MachineError, MachineState, Manifest, Refusal, RefusalKind, RunState,
 };
 
 use super::Event;
@@ -89,7 +88,7 @@ impl MovingIn {
     }
 
     fn build(&self, config: VmConfig, manifest: &Manifest) -> Result<Instance, Refusal> {
-        let plan = Plan::arriving(config, manifest.cpu.cpuid.clone());
+        let plan = Plan::arriving(config, &manifest.cpu);
         let ranges = plan
             .ram_ranges()
             .map_err(|e| refuse(RefusalKind::Memory, e.to_string()))?;
@@ -117,23 +116,32 @@ fn refuse(kind: RefusalKind, detail: String) -> Refusal {
 }
 
 /// Why this host cannot be what the guest was told that its processor is; nothing if it can.
-fn cpu_refusals(config: &VmConfig, cpu: &CpuContract) -> hypervisor::Result<Vec<Refusal>> {
+fn cpu_refusals(config: &VmConfig, manifest: &Manifest) -> hypervisor::Result<Vec<Refusal>> {
+    let (cpu, source) = (&manifest.cpu, manifest.hypervisor.as_str());
     let hypervisor = super::instance::open_hypervisor(config.hypervisor)?;
     let offered = super::instance::offered_cpuid(&*hypervisor, config.cpus.model)?;
     let mut refusals: Vec<Refusal> = missing_features(&cpu.cpuid, &offered)
         .into_iter()
         .map(|missing| refuse(RefusalKind::Cpu, format!("this host's CPU lacks {missing}")))
         .collect();
-    if let (Some(there), Some(here)) = (cpu.apic_timer_hz, hypervisor.apic_timer_hz()?)
-        && there != here
-    {
-        refusals.push(refuse(
+    let here = hypervisor.apic_timer()?;
+    let name = hypervisor.kind();
+    match (cpu.apic_timer_hz, here) {
+        (Some(there), Some(here)) if there != here.hz && !here.adjustable => {
+            refusals.push(refuse(
+                RefusalKind::Cpu,
+                format!(
+                    "the guest's local APIC timer runs at {there} Hz, this host's ({name}) at {} Hz, and cannot be changed",
+                    here.hz
+                ),
+            ));
+        }
+        // On one kind of hypervisor it is the same, even if nobody can say what.
+        (None, _) | (_, None) if source != name.name() => refusals.push(refuse(
             RefusalKind::Cpu,
-            format!(
-                "the guest's local APIC timer runs at {there} Hz, this host's ({}) at {here} Hz",
-                hypervisor.kind()
-            ),
-        ));
+            format!("it is not known whether the guest's local APIC timer ({source}) runs as fast as this host's ({name})"),
+        )),
+        _ => {}
     }
     Ok(refusals)
 }
@@ -141,7 +149,7 @@ fn cpu_refusals(config: &VmConfig, cpu: &CpuContract) -> hypervisor::Result<Vec<
 impl DestinationMachine for MovingIn {
     fn reserve(&mut self, manifest: &Manifest) -> Result<Arc<GuestRam>, Vec<Refusal>> {
         let config = self.config(manifest).map_err(|refusal| vec![refusal])?;
-        let refusals = cpu_refusals(&config, &manifest.cpu).map_err(|error| {
+        let refusals = cpu_refusals(&config, manifest).map_err(|error| {
             vec![Refusal {
                 kind: RefusalKind::Hypervisor,
                 detail: super::error_chain(&error),

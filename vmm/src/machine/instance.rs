@@ -89,6 +89,8 @@ pub(super) struct Plan {
     config: VmConfig,
     /// The CPUID of a guest that arrives; a new guest gets what the host offers.
     cpuid: Option<Cpuid>,
+    /// What the local APIC timers of a guest that arrives run at, where that is known.
+    apic_timer_hz: Option<u64>,
 }
 
 impl Plan {
@@ -96,13 +98,15 @@ impl Plan {
         Self {
             config,
             cpuid: None,
+            apic_timer_hz: None,
         }
     }
 
-    pub(super) fn arriving(config: VmConfig, cpuid: Cpuid) -> Self {
+    pub(super) fn arriving(config: VmConfig, cpu: &CpuContract) -> Self {
         Self {
             config,
-            cpuid: Some(cpuid),
+            cpuid: Some(cpu.cpuid.clone()),
+            apic_timer_hz: cpu.apic_timer_hz,
         }
     }
 
@@ -159,7 +163,12 @@ pub(crate) struct Instance {
     ram: Arc<GuestRam>,
     slots: Vec<MemorySlot>,
     hypervisor: Box<dyn Hypervisor>,
+    /// What the guest's local APIC timers run at, where it is known.
+    apic_timer_hz: Option<u64>,
 }
+
+/// The local APIC timer of the Microsoft hypervisor's guests, in Hz.
+const HYPERV_TIMER_HZ: u64 = 200_000_000;
 
 impl Instance {
     /// Builds a machine, parked and with empty RAM.
@@ -177,9 +186,17 @@ impl Instance {
             Some(cpuid) => cpuid,
             None => offered_cpuid(&*hypervisor, plan.config.cpus.model)?,
         };
+        let timer = hypervisor.apic_timer()?;
+        let apic_timer_hz = match (plan.apic_timer_hz, plan.config.cpus.model, timer) {
+            (Some(hz), _, _) => Some(hz),
+            // Its guest reads the frequency, and the other hypervisor knows only one.
+            (None, CpuModel::Portable, Some(timer)) if timer.adjustable => Some(HYPERV_TIMER_HZ),
+            _ => timer.map(|timer| timer.hz),
+        };
         let vm = hypervisor.create_vm(&VmOptions {
             ioapic_pins: layout::IOAPIC_PINS,
             hyperv: has_hyperv(&cpuid),
+            apic_timer_hz,
         })?;
         let slots: Vec<MemorySlot> = ram
             .regions()
@@ -226,6 +243,7 @@ impl Instance {
             ram,
             slots,
             hypervisor,
+            apic_timer_hz,
         })
     }
 
@@ -374,7 +392,7 @@ impl Instance {
                 cpuid: self.cpuid.clone(),
                 tsc_khz: None,
                 msrs: self.hypervisor.msr_indices()?,
-                apic_timer_hz: self.hypervisor.apic_timer_hz()?,
+                apic_timer_hz: self.apic_timer_hz,
             },
         })
     }

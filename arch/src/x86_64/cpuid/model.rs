@@ -47,8 +47,19 @@ const LEAF7_ECX_PROTECTION_KEYS: u32 = bit(3) | bit(4);
 /// CPUID.7:EDX, IA32_ARCH_CAPABILITIES and IA32_CORE_CAPABILITIES: no register of a VP stands for them, so they cannot be made what they
 /// were elsewhere.
 const LEAF7_EDX_CAPABILITY_MSRS: u32 = bit(29) | bit(30);
-/// XSTATE component of protection keys (SDM vol. 1, section 13.1).
+/// CPUID.7:ECX.WAITPKG, .7:EDX.IBT, the instructions of AMX with XFD, and virtual SSBD: each comes with a register that not every version
+/// of the hypervisor's interface names (IA32_UMWAIT_CONTROL, IA32_S_CET, IA32_XFD, VIRT_SPEC_CTRL).
+const LEAF7_ECX_WAITPKG: u32 = bit(5);
+const LEAF7_EDX_IBT: u32 = bit(20);
+const LEAF7_EDX_AMX: u32 = bit(22) | bit(24) | bit(25);
+const LEAF7_1_EAX_AMX: u32 = bit(21);
+const LEAF7_1_EDX_AMX: u32 = bit(8);
+const LEAF_D_1_EAX_XFD: u32 = bit(4);
+const VIRT_SSBD: u32 = bit(25);
+/// XSTATE components (SDM vol. 1, section 13.1).
 const PKRU: u32 = 9;
+const TILE_CONFIGURATION: u32 = 17;
+const TILE_DATA: u32 = 18;
 /// End of the header of an XSAVE area (SDM vol. 1, section 13.4.2).
 const XSAVE_HEADER_END: u32 = 576;
 
@@ -116,10 +127,25 @@ pub fn of_model(host: &Cpuid, model: CpuModel) -> Cpuid {
             leaf.edx &= !MCA;
         }
         if let Some(leaf) = cpuid.get_mut(7, 0) {
-            leaf.ecx &= !LEAF7_ECX_PROTECTION_KEYS;
-            leaf.edx &= !LEAF7_EDX_CAPABILITY_MSRS;
+            leaf.ecx &= !(LEAF7_ECX_PROTECTION_KEYS | LEAF7_ECX_WAITPKG);
+            leaf.edx &= !(LEAF7_EDX_CAPABILITY_MSRS | LEAF7_EDX_IBT | LEAF7_EDX_AMX);
         }
-        without_state(&mut cpuid, PKRU);
+        if let Some(leaf) = cpuid.get_mut(7, 1) {
+            leaf.eax &= !LEAF7_1_EAX_AMX;
+            leaf.edx &= !LEAF7_1_EDX_AMX;
+        }
+        if let Some(leaf) = cpuid.get_mut(0x8000_0008, 0) {
+            leaf.ebx &= !VIRT_SSBD;
+        }
+        if let Some(leaf) = cpuid.get_mut(0xd, 1) {
+            leaf.eax &= !LEAF_D_1_EAX_XFD;
+        }
+        cpuid
+            .entries
+            .retain(|entry| !matches!(entry.leaf, 0x1d | 0x1e));
+        for component in [PKRU, TILE_CONFIGURATION, TILE_DATA] {
+            without_state(&mut cpuid, component);
+        }
         if model == CpuModel::Portable {
             cpuid.entries.extend(hyperv_leaves());
         }

@@ -59,6 +59,20 @@ pub(crate) fn write(vcpu: &KvmVcpu, events: &PendingEvents) -> Result<()> {
         .map_err(call("KVM_SET_VCPU_EVENTS"))
 }
 
+/// Writes exceptions, interrupts being delivered and the interrupt shadow. What others may make pending meanwhile (NMI, SMI, start-up) is
+/// left alone.
+pub(crate) fn write_delivered(vcpu: &KvmVcpu, events: &PendingEvents) -> Result<()> {
+    let mut events = to_kvm(events, expressible(vcpu))
+        .map_err(|reason| refused(vcpu, StateElement::Events, reason))?;
+    events.flags &= !(KVM_VCPUEVENT_VALID_NMI_PENDING
+        | KVM_VCPUEVENT_VALID_SMM
+        | KVM_VCPUEVENT_VALID_SIPI_VECTOR
+        | KVM_VCPUEVENT_VALID_TRIPLE_FAULT);
+    vcpu.fd
+        .set_vcpu_events(&events)
+        .map_err(call("KVM_SET_VCPU_EVENTS"))
+}
+
 fn from_kvm(e: &kvm_vcpu_events) -> PendingEvents {
     let valid = |flag: u32| e.flags & flag != 0;
     let exception =

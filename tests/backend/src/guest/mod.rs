@@ -78,6 +78,7 @@ impl Guest {
         let vm = hypervisor.create_vm(&VmOptions {
             ioapic_pins: 24,
             hyperv: false,
+            apic_timer_hz: None,
         })?;
         let ram = Ram::new(RAM);
         tables::write(&ram)?;

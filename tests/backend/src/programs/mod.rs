@@ -41,14 +41,6 @@ fn is_offered(hypervisor: &dyn Hypervisor, (leaf, feature): Feature) -> Outcome<
         .is_some_and(|entry| entry.ecx & feature != 0))
 }
 
-/// Whether a vCPU's table shows a feature, which can be more than is offered. Only what it shows has to be kept.
-fn is_shown(hypervisor: &dyn Hypervisor, (leaf, feature): Feature) -> Outcome<bool> {
-    let cpuid = Guest::new(hypervisor)?.vcpu.cpuid()?;
-    Ok(cpuid
-        .get(leaf, 0)
-        .is_some_and(|entry| entry.ecx & feature != 0))
-}
-
 /// Whether ring 3 of a guest sees a feature, which can be more than its table shows.
 fn is_seen(hypervisor: &dyn Hypervisor, (leaf, feature): Feature) -> Outcome<bool> {
     let mut guest = Guest::user(hypervisor, &|a| {
