@@ -188,7 +188,7 @@ impl Vmm {
     /// Creates a guest from a config whose serial port leads to [`Vmm::serial`], and boots it.
     pub fn boot(&self, mut config: Value) -> Result<()> {
         config["serial"] = json!({"mode": "Socket", "socket": self.serial});
-        if self.bare {
+        if self.bare && config["cpus"]["model"].is_null() {
             config["cpus"]["model"] = json!("bare");
         }
         self.api.put("vm.create", &config)?;
@@ -203,13 +203,14 @@ impl Vmm {
 
     /// Starts to receive on `url`; returns the job and the URL with its port resolved.
     pub fn receive(&self, url: &str) -> Result<(u64, String)> {
-        let job = self.api.start(
-            "vm.receive-migration",
-            &json!({
-                "receiver_url": url,
-                "serial": {"mode": "Socket", "socket": self.serial},
-            }),
-        )?;
+        self.receive_with(url, json!({}))
+    }
+
+    /// The same with further fields in the request.
+    pub fn receive_with(&self, url: &str, mut request: Value) -> Result<(u64, String)> {
+        request["receiver_url"] = json!(url);
+        request["serial"] = json!({"mode": "Socket", "socket": self.serial});
+        let job = self.api.start("vm.receive-migration", &request)?;
         let url = self.api.job(job)?["url"]
             .as_str()
             .context("the job has no url")?

@@ -75,6 +75,9 @@ Examples:
   vmm run --config vm.json
   vmm run --config vm.json --api-socket /run/vm1.sock
 
+`cpus.model` in the config says what the guest sees of the processor: host (default), portable (it can move between
+KVM and the Microsoft hypervisor, and tells the time by a clock of both) or bare (no hypervisor's interface).
+
 A config that boots a Linux kernel, with its console on this terminal:
   {
     \"cpus\": { \"boot_vcpus\": 2 },
@@ -89,7 +92,7 @@ struct RunArgs {
     /// Offer the HTTP API on a unix socket that is made here.
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
-    /// Which hypervisor to use instead of the one in the config.
+    /// Which hypervisor to use instead of the one in the config [default: mshv where /dev/mshv exists, else kvm]
     #[arg(long, value_name = "NAME")]
     hypervisor: Option<HypervisorName>,
 }
@@ -141,7 +144,8 @@ struct ServeArgs {
 Examples:
   vmm receive tcp:0.0.0.0:4600
   vmm receive tcp:[::1]:0 --serial file=/var/log/vm1.log
-  vmm receive unix:/run/move.sock --api-socket /run/vm1.sock")]
+  vmm receive unix:/run/move.sock --api-socket /run/vm1.sock
+  vmm receive tcp:0.0.0.0:4600 --hypervisor mshv")]
 struct ReceiveArgs {
     /// Where to listen: `tcp:HOST:PORT` (port 0 picks one) or `unix:PATH`.
     url: String,

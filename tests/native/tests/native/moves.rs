@@ -54,6 +54,16 @@ pub(crate) fn trials() -> Vec<Trial> {
         registers,
     ));
     trials.extend(guest_trials(&Hosts::ALL, "moves::many_in_a_row", chain));
+    trials.extend(guest_trials(
+        &Hosts::UNLIKE,
+        "moves::a_guest_of_one_hypervisor_stays",
+        stays,
+    ));
+    trials.extend(guest_trials(
+        &[Hosts::ALIKE[1]],
+        "moves::a_destination_told_which_hypervisor",
+        told,
+    ));
     trials
 }
 
@@ -205,6 +215,50 @@ fn sparse(folder: &Folder) -> Result<()> {
         sent < 256 << 20,
         "{sent} bytes were sent for a guest that uses 32 MiB"
     );
+    expect_ok(&mut destination.console()?)
+}
+
+/// A guest that was shown what only its own hypervisor has is refused by name before anything is sent, and runs on.
+fn stays(folder: &Folder) -> Result<()> {
+    let mut config = memory_guest(folder, 128, 1, "working_set_mib=32 rate=20000")?;
+    config["cpus"]["model"] = json!("host");
+    let source = Vmm::serve(folder, "source")?;
+    let destination = Vmm::serve(folder, "destination")?;
+    source.boot(config)?;
+    source.console()?.line("memory: ready", LIMIT)?;
+    let (arriving, url) = destination.receive("tcp:127.0.0.1:0")?;
+    let leaving = source
+        .api()
+        .start("vm.send-migration", &json!({"destination_url": url}))?;
+    let job = source.api().wait_job(leaving, LIMIT)?;
+    let message = job["error"]["message"].as_str().unwrap_or_default();
+    ensure!(
+        job["status"] == "failed" && job["phase"] == "reserve",
+        "{job}"
+    );
+    ensure!(message.contains("hypervisor interface"), "{message}");
+    ensure!(job["bytes_sent"] == 0, "{job}");
+    let arrived = destination.api().wait_job(arriving, LIMIT)?;
+    ensure!(arrived["status"] == "failed", "{arrived}");
+    ensure!(source.api().state()? == "Running");
+    expect_ok(&mut source.console()?)
+}
+
+/// `hypervisor` of a receive outweighs that of the process.
+fn told(folder: &Folder) -> Result<()> {
+    let mut config = memory_guest(folder, 128, 1, "working_set_mib=32 rate=20000")?;
+    config["cpus"]["model"] = json!("bare");
+    let source = Vmm::serve(folder, "source")?;
+    let destination = Vmm::serve(folder, "destination")?;
+    source.boot(config)?;
+    source.console()?.line("memory: ready", LIMIT)?;
+    let (_, url) = destination.receive_with("tcp:127.0.0.1:0", json!({"hypervisor": "kvm"}))?;
+    let leaving = source
+        .api()
+        .start("vm.send-migration", &json!({"destination_url": url}))?;
+    let job = source.api().wait_job(leaving, LIMIT)?;
+    ensure!(job["status"] == "succeeded", "{job}");
+    ensure!(destination.api().get("vm.info")?["hypervisor"] == "kvm");
     expect_ok(&mut destination.console()?)
 }
 
