@@ -25,6 +25,7 @@ pub mod kvm;
 pub mod mshv;
 mod msr;
 mod signal;
+mod state_walk;
 mod tsc;
 mod xsave;
 

@@ -2,6 +2,10 @@
 
 use arch::x86_64::state::Msr;
 
+/// The time-stamp counter, its adjustment, and the deadline of the local APIC's timer.
+pub(crate) const IA32_TSC: u32 = 0x10;
+const IA32_TSC_ADJUST: u32 = 0x3b;
+const IA32_TSC_DEADLINE: u32 = 0x6e0;
 const IA32_SMBASE: u32 = 0x9e;
 const SMBASE_AFTER_RESET: u64 = 0x3_0000;
 const IA32_PERF_CAPABILITIES: u32 = 0x345;
@@ -37,6 +41,19 @@ pub(crate) fn cannot_have_used(msr: Msr) -> bool {
         0x4b56_4d05 => msr.value == 1,
         _ => false,
     }
+}
+
+/// By index, but the TSC, its adjustment and the deadline last, in this order: a deadline is armed against the TSC.
+pub(crate) fn in_order(msrs: &[Msr]) -> Vec<Msr> {
+    let rank = |msr: &Msr| match msr.index {
+        IA32_TSC => 1,
+        IA32_TSC_ADJUST => 2,
+        IA32_TSC_DEADLINE => 3,
+        _ => 0,
+    };
+    let mut ordered = msrs.to_vec();
+    ordered.sort_by_key(|msr| (rank(msr), msr.index));
+    ordered
 }
 
 /// Why a register is refused. `here` is its value on this host, if it exists.
@@ -125,5 +142,14 @@ mod tests {
             )
             .contains("does not exist")
         );
+    }
+
+    #[test]
+    fn the_time_stamp_counter_comes_last_and_the_deadline_after_it() {
+        let msrs: Vec<_> = [0x10, 0x3b, 0x174, 0x6e0, 0x4b56_4d01, 0xc000_0081]
+            .map(|index| Msr { index, value: 0 })
+            .to_vec();
+        let order: Vec<_> = in_order(&msrs).iter().map(|msr| msr.index).collect();
+        assert_eq!(order, [0x174, 0x4b56_4d01, 0xc000_0081, 0x10, 0x3b, 0x6e0]);
     }
 }

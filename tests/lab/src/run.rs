@@ -1,9 +1,9 @@
 //! Lab hosts as tests use them: describe one or two, run a script on each, get its status and log.
 
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -288,11 +288,16 @@ impl Host {
             "-serial",
             "stdio",
             "-no-reboot",
-            "-append",
-            "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests tsc=reliable panic=-1",
         ]
         .map(str::to_owned)
         .to_vec();
+        args.extend([
+            "-append".to_owned(),
+            format!(
+                "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests panic=-1 tsc=reliable {}",
+                known_tsc()
+            ),
+        ]);
         args.extend(["-cpu".to_owned(), self.cpu.arg().to_owned()]);
         args.extend(["-m".to_owned(), format!("{}M", self.memory_mib)]);
         args.extend([
@@ -306,6 +311,26 @@ impl Host {
         args.extend(self.qemu_args.iter().cloned());
         Machine::start(&args, &nonce, self.limit, patience)
     }
+}
+
+/// Kernel parameters that tell every host of a run the same TSC frequency, and leave it nothing to measure it with.
+///
+/// The emulator hands this machine's TSC through. A host that measures it while others keep the processors busy can be wrong by more than a
+/// guest is allowed to move with.
+fn known_tsc() -> &'static str {
+    static PARAMETERS: OnceLock<String> = OnceLock::new();
+    PARAMETERS.get_or_init(|| format!("tsc_early_khz={} hpet=disable pmtmr=0", tsc_khz()))
+}
+
+/// Frequency of this machine's TSC.
+fn tsc_khz() -> u64 {
+    // SAFETY: every x86_64 processor has the instruction, and Linux lets user space use it.
+    let ticks = || unsafe { std::arch::x86_64::_rdtsc() };
+    let (since, first) = (Instant::now(), ticks());
+    std::thread::sleep(Duration::from_millis(100));
+    let (microseconds, last) = (since.elapsed().as_micros(), ticks());
+    let per_millisecond = u128::from(last - first) * 1000 / microseconds.max(1);
+    u64::try_from(per_millisecond).unwrap_or(u64::MAX)
 }
 
 /// One end of the cable between two hosts.
@@ -432,7 +457,7 @@ fn listen_to_both(machines: &mut [Machine]) -> Vec<Option<End>> {
             return ends;
         }
         if ends.iter().flatten().any(|end| *end != End::Exit(0)) {
-            let since = *alone_since.get_or_insert_with(std::time::Instant::now);
+            let since = *alone_since.get_or_insert_with(Instant::now);
             if since.elapsed() > GRACE {
                 return ends;
             }

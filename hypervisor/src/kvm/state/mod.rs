@@ -1,12 +1,4 @@
-//! A vCPU's state, saved and restored by walking the one list of its elements.
-//!
-//! ```text
-//!   restore: StateElement::ALL, first to last   TscFrequency ► Special ► … ► Msrs ► Nested ► Events ► Activity
-//!   save:    StateElement::ALL, last to first   Activity ► Events ► Nested ► Msrs ► Lapic ► … ► TscFrequency
-//! ```
-//!
-//! [`codec`] is an exhaustive match: an element that is added to the list does not compile until it can be saved *and*
-//! restored here.
+//! How KVM saves and restores each element of a vCPU's state. [`crate::state_walk`] walks their list.
 //!
 //! Saving runs backwards because reading has demands of its own, and they are the mirror of writing's:
 //! - Reading the activity makes KVM act on a pending INIT or start-up IPI, which changes registers: it must come first.
@@ -14,7 +6,7 @@
 //! - TSC_DEADLINE (an MSR) before the local APIC. The timer may fire between the two: then the deadline was read as still to
 //!   come *and* the interrupt as requested, so a tick may come twice. The other way round it would be lost.
 //!
-//! A restore that KVM refuses names the element ([`Error::StateRefused`]); what the guest cannot have used is skipped.
+//! What KVM refuses and the guest cannot have used is skipped.
 
 pub(crate) mod events;
 pub(crate) mod msrs;
@@ -30,73 +22,30 @@ use kvm_bindings::{
 
 use super::call;
 use super::vcpu::KvmVcpu;
+use crate::state_walk::{Codec, Stateful, refused};
+pub(crate) use crate::state_walk::{restore, save};
 use crate::tsc::frequencies_agree;
 use crate::{Error, Result};
 
-type Save = fn(&KvmVcpu, &mut VcpuState) -> Result<()>;
-type Restore = fn(&KvmVcpu, &VcpuState) -> Result<()>;
-
-/// How one element is saved and restored.
-struct Codec {
-    save: Save,
-    restore: Restore,
-}
-
-/// The codec of an element.
-fn codec(element: StateElement) -> Codec {
-    let (save, restore): (Save, Restore) = match element {
-        StateElement::TscFrequency => (save_tsc_frequency, restore_tsc_frequency),
-        StateElement::Special => (registers::save_special, registers::restore_special),
-        StateElement::General => (registers::save_general, registers::restore_general),
-        StateElement::Xcrs => (registers::save_xcrs, registers::restore_xcrs),
-        StateElement::Xsave => (xsave::save, xsave::restore),
-        StateElement::Debug => (registers::save_debug, registers::restore_debug),
-        StateElement::Lapic => (save_lapic, restore_lapic),
-        StateElement::Msrs => (msrs::save, msrs::restore),
-        StateElement::Nested => (nested::save, nested::restore),
-        StateElement::Events => (events::save, events::restore),
-        StateElement::Activity => (save_activity, restore_activity),
-    };
-    Codec { save, restore }
-}
-
-/// Reads every element.
-pub(crate) fn save(vcpu: &KvmVcpu) -> Result<VcpuState> {
-    let mut state = VcpuState {
-        id: vcpu.id,
-        ..VcpuState::default()
-    };
-    for element in StateElement::ALL.into_iter().rev() {
-        (codec(element).save)(vcpu, &mut state)?;
+impl Stateful for KvmVcpu {
+    fn id(&self) -> u32 {
+        self.id
     }
-    Ok(state)
-}
 
-/// Writes every element.
-pub(crate) fn restore(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
-    if state.id != vcpu.id {
-        return Err(Error::Invalid(format!(
-            "the state of vCPU {} cannot be restored into vCPU {}",
-            state.id, vcpu.id
-        )));
-    }
-    for element in StateElement::ALL {
-        (codec(element).restore)(vcpu, state).map_err(|error| match error {
-            Error::Call { operation, source } => {
-                refused(vcpu, element, format!("{operation} failed: {source}"))
-            }
-            other => other,
-        })?;
-    }
-    Ok(())
-}
-
-/// An element that this host cannot take.
-fn refused(vcpu: &KvmVcpu, element: StateElement, reason: impl Into<String>) -> Error {
-    Error::StateRefused {
-        vcpu: vcpu.id,
-        element: element.name(),
-        reason: reason.into(),
+    fn codec(element: StateElement) -> Codec<Self> {
+        match element {
+            StateElement::TscFrequency => (save_tsc_frequency, restore_tsc_frequency),
+            StateElement::Special => (registers::save_special, registers::restore_special),
+            StateElement::General => (registers::save_general, registers::restore_general),
+            StateElement::Xcrs => (registers::save_xcrs, registers::restore_xcrs),
+            StateElement::Xsave => (xsave::save, xsave::restore),
+            StateElement::Debug => (registers::save_debug, registers::restore_debug),
+            StateElement::Lapic => (save_lapic, restore_lapic),
+            StateElement::Msrs => (msrs::save, msrs::restore),
+            StateElement::Nested => (nested::save, nested::restore),
+            StateElement::Events => (events::save, events::restore),
+            StateElement::Activity => (save_activity, restore_activity),
+        }
     }
 }
 

@@ -17,7 +17,6 @@
 //! created with (before Linux 6.7), so another value, far away, is written before. The TSC does not count the time the machine stood still. A guest that had set its TSCs less than
 //! a second apart gets them synchronised.
 
-use std::borrow::Cow;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,12 +27,9 @@ use kvm_ioctls::VcpuFd;
 use super::refused;
 use crate::kvm::call;
 use crate::kvm::vcpu::KvmVcpu;
-use crate::msr::{cannot_have_used, refusal};
+use crate::msr::{IA32_TSC, cannot_have_used, in_order, refusal};
 use crate::{Error, Result};
 
-const IA32_TSC: u32 = 0x10;
-const IA32_TSC_ADJUST: u32 = 0x3b;
-const IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// Writing these makes KVM write the time to guest memory, at an address that the guest may use otherwise by now. A
 /// guest writes them anew before each reading (Documentation/virt/kvm/x86/msr.rst).
 const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
@@ -130,7 +126,7 @@ fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>> {
 }
 
 pub(super) fn restore(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
-    let mut ordered = in_order(&state.msrs).into_owned();
+    let mut ordered = in_order(&state.msrs);
     ordered.retain(|msr| !KVM_WALL_CLOCK.contains(&msr.index));
     if !vcpu.vm.tsc_written.swap(true, Ordering::Relaxed)
         && let Some(at) = ordered.iter().position(|msr| msr.index == IA32_TSC)
@@ -181,19 +177,6 @@ fn tolerate(vcpu: &KvmVcpu, wanted: Msr) -> Result<()> {
     }
 }
 
-/// By index, but the TSC, its adjustment and the deadline last, in this order: a deadline is armed against the TSC.
-fn in_order(msrs: &[Msr]) -> Cow<'_, [Msr]> {
-    let rank = |msr: &Msr| match msr.index {
-        IA32_TSC => 1,
-        IA32_TSC_ADJUST => 2,
-        IA32_TSC_DEADLINE => 3,
-        _ => 0,
-    };
-    let mut ordered = msrs.to_vec();
-    ordered.sort_by_key(|msr| (rank(msr), msr.index));
-    Cow::Owned(ordered)
-}
-
 fn table(entries: &[kvm_msr_entry]) -> Result<Msrs> {
     Msrs::from_entries(entries)
         .map_err(|_| Error::Invalid(format!("{} MSRs are too many for one call", entries.len())))
@@ -202,15 +185,6 @@ fn table(entries: &[kvm_msr_entry]) -> Result<Msrs> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_time_stamp_counter_comes_last_and_the_deadline_after_it() {
-        let msrs: Vec<_> = [0x10, 0x3b, 0x174, 0x6e0, 0x4b56_4d01, 0xc000_0081]
-            .map(|index| Msr { index, value: 0 })
-            .to_vec();
-        let order: Vec<_> = in_order(&msrs).iter().map(|msr| msr.index).collect();
-        assert_eq!(order, [0x174, 0x4b56_4d01, 0xc000_0081, 0x10, 0x3b, 0x6e0]);
-    }
 
     #[test]
     fn the_list_is_sorted_and_has_each_register_once() {

@@ -1,11 +1,4 @@
-//! A VP's state, saved and restored by walking the one list of its elements, as the KVM back end does.
-//!
-//! ```text
-//!   restore: StateElement::ALL, first to last      save: last to first
-//! ```
-//!
-//! [`codec`] is an exhaustive match: an element that is added to the list does not compile until it can be saved *and*
-//! restored here. A restore that the hypervisor refuses names the element ([`Error::StateRefused`]).
+//! How the Microsoft hypervisor saves and restores each element of a VP's state. [`crate::state_walk`] walks their list.
 //!
 //! Where the neutral state and Hyper-V's cut differ:
 //! - An NMI that waits is bit 2 of the local APIC's first request word, which no interrupt uses; the neutral state has it among the events.
@@ -23,73 +16,30 @@ use mshv_bindings::hv_register_name_HV_X64_REGISTER_XFEM as XFEM;
 use super::registers::{self, Register};
 use super::time;
 use super::vcpu::MshvVcpu;
+use crate::Result;
+use crate::state_walk::{Codec, Stateful, refused};
+pub(crate) use crate::state_walk::{restore, save};
 use crate::tsc::frequencies_agree;
-use crate::{Error, Result};
 
-type Save = fn(&MshvVcpu, &mut VcpuState) -> Result<()>;
-type Restore = fn(&MshvVcpu, &VcpuState) -> Result<()>;
-
-/// How one element is saved and restored.
-struct Codec {
-    save: Save,
-    restore: Restore,
-}
-
-/// The codec of an element.
-fn codec(element: StateElement) -> Codec {
-    let (save, restore): (Save, Restore) = match element {
-        StateElement::TscFrequency => (save_tsc_frequency, restore_tsc_frequency),
-        StateElement::Special => (save_special, restore_special),
-        StateElement::General => (save_general, restore_general),
-        StateElement::Xcrs => (save_xcrs, restore_xcrs),
-        StateElement::Xsave => (xsave::save, xsave::restore),
-        StateElement::Debug => (save_debug, restore_debug),
-        StateElement::Lapic => (lapic::save, lapic::restore),
-        StateElement::Msrs => (msrs::save, msrs::restore),
-        StateElement::Nested => (save_nested, restore_nested),
-        StateElement::Events => (events::save, events::restore),
-        StateElement::Activity => (events::save_activity, events::restore_activity),
-    };
-    Codec { save, restore }
-}
-
-/// Reads every element.
-pub(crate) fn save(vcpu: &MshvVcpu) -> Result<VcpuState> {
-    let mut state = VcpuState {
-        id: vcpu.id,
-        ..VcpuState::default()
-    };
-    for element in StateElement::ALL.into_iter().rev() {
-        (codec(element).save)(vcpu, &mut state)?;
+impl Stateful for MshvVcpu {
+    fn id(&self) -> u32 {
+        self.id
     }
-    Ok(state)
-}
 
-/// Writes every element.
-pub(crate) fn restore(vcpu: &MshvVcpu, state: &VcpuState) -> Result<()> {
-    if state.id != vcpu.id {
-        return Err(Error::Invalid(format!(
-            "the state of vCPU {} cannot be restored into vCPU {}",
-            state.id, vcpu.id
-        )));
-    }
-    for element in StateElement::ALL {
-        (codec(element).restore)(vcpu, state).map_err(|error| match error {
-            Error::Call { operation, source } => {
-                refused(vcpu, element, format!("{operation} failed: {source}"))
-            }
-            other => other,
-        })?;
-    }
-    Ok(())
-}
-
-/// An element that this host cannot take.
-fn refused(vcpu: &MshvVcpu, element: StateElement, reason: impl Into<String>) -> Error {
-    Error::StateRefused {
-        vcpu: vcpu.id,
-        element: element.name(),
-        reason: reason.into(),
+    fn codec(element: StateElement) -> Codec<Self> {
+        match element {
+            StateElement::TscFrequency => (save_tsc_frequency, restore_tsc_frequency),
+            StateElement::Special => (save_special, restore_special),
+            StateElement::General => (save_general, restore_general),
+            StateElement::Xcrs => (save_xcrs, restore_xcrs),
+            StateElement::Xsave => (xsave::save, xsave::restore),
+            StateElement::Debug => (save_debug, restore_debug),
+            StateElement::Lapic => (lapic::save, lapic::restore),
+            StateElement::Msrs => (msrs::save, msrs::restore),
+            StateElement::Nested => (save_nested, restore_nested),
+            StateElement::Events => (events::save, events::restore),
+            StateElement::Activity => (events::save_activity, events::restore_activity),
+        }
     }
 }
 

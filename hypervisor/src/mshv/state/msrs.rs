@@ -42,7 +42,7 @@ use super::refused;
 use crate::Result;
 use crate::mshv::registers::{self, Register};
 use crate::mshv::vcpu::MshvVcpu;
-use crate::msr::{cannot_have_used, refusal};
+use crate::msr::{cannot_have_used, in_order, refusal};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
@@ -237,19 +237,6 @@ fn in_step(vcpu: &MshvVcpu, tsc_khz: Option<u32>, mut register: Register) -> Reg
     register
 }
 
-/// By index, but the TSC, its adjustment and the deadline last, in this order.
-fn in_order(msrs: &[Msr]) -> Vec<Msr> {
-    let rank = |msr: &Msr| match msr.index {
-        IA32_TSC => 1,
-        IA32_TSC_ADJUST => 2,
-        IA32_TSC_DEADLINE => 3,
-        _ => 0,
-    };
-    let mut ordered = msrs.to_vec();
-    ordered.sort_by_key(|msr| (rank(msr), msr.index));
-    ordered
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -275,14 +262,5 @@ mod tests {
                 assert_eq!(Some(name), register_name(index), "{index:#x}");
             }
         }
-    }
-
-    #[test]
-    fn the_deadline_comes_after_the_time_stamp_counter() {
-        let msrs: Vec<_> = [0x10, 0x3b, 0x174, 0x6e0, 0xc000_0081]
-            .map(|index| Msr { index, value: 0 })
-            .to_vec();
-        let order: Vec<_> = in_order(&msrs).iter().map(|msr| msr.index).collect();
-        assert_eq!(order, [0x174, 0xc000_0081, 0x10, 0x3b, 0x6e0]);
     }
 }
