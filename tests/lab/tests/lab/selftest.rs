@@ -177,10 +177,10 @@ fn pair() -> Result<()> {
     let second = Lab::host(Cpu::EpycRome).name("second");
     let [first, second] = Lab::pair(first, second).run(
         "until_ok 20 ping -c 1 -W 1 $PEER; echo 'from the first' >/tmp/note; share /tmp/note note; await done
-         grep MHz /proc/cpuinfo >/tmp/mhz; await mhz /tmp/other; cmp /tmp/mhz /tmp/other
+         await tsc /tmp/other; dmesg | grep -o 'clocksource: tsc: .*' >/tmp/tsc; cmp /tmp/tsc /tmp/other
          grep -m 1 'model name' /proc/cpuinfo; [ -c /dev/kvm ]",
         "await note /tmp/note; cat /tmp/note; grep -m 1 'model name' /proc/cpuinfo; [ -c /dev/kvm ]
-         grep MHz /proc/cpuinfo >/tmp/mhz; share /tmp/mhz mhz; signal done; sleep 2",
+         dmesg | grep -o 'clocksource: tsc: .*' | tee /tmp/tsc; share /tmp/tsc tsc; signal done; sleep 2",
     )?;
     first.success()?;
     second.success()?;
