@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::names::feature;
+use super::features::{self, Place};
 use super::{Cpuid, CpuidEntry, bit};
 
 /// An output register of CPUID.
@@ -22,12 +22,21 @@ impl Register {
     /// In the order of [`CpuidEntry`].
     pub const ALL: [Self; 4] = [Self::Eax, Self::Ebx, Self::Ecx, Self::Edx];
 
-    fn of(self, entry: &CpuidEntry) -> u32 {
+    pub(super) fn of(self, entry: &CpuidEntry) -> u32 {
         match self {
             Self::Eax => entry.eax,
             Self::Ebx => entry.ebx,
             Self::Ecx => entry.ecx,
             Self::Edx => entry.edx,
+        }
+    }
+
+    pub(super) fn of_mut(self, entry: &mut CpuidEntry) -> &mut u32 {
+        match self {
+            Self::Eax => &mut entry.eax,
+            Self::Ebx => &mut entry.ebx,
+            Self::Ecx => &mut entry.ecx,
+            Self::Edx => &mut entry.edx,
         }
     }
 }
@@ -69,7 +78,13 @@ impl fmt::Display for MissingFeature {
                 f.write_str("CPU feature ")?;
                 let mut separator = "";
                 for number in (0..u32::BITS).filter(|number| bits & bit(*number) != 0) {
-                    match feature(leaf, subleaf, register, number) {
+                    let place = Place {
+                        leaf,
+                        subleaf,
+                        register,
+                        bit: number,
+                    };
+                    match features::name_of(place) {
                         Some(name) => write!(f, "{separator}{name}")?,
                         None => write!(f, "{separator}bit {number}")?,
                     }

@@ -11,12 +11,13 @@
 //!
 //! - [`policy`] never shows a guest what cannot be moved, or what this project has no device for.
 //! - [`for_vcpu`] depends on its arguments alone: a vCPU that is made again elsewhere reads the same.
+//! - [`features`] has one name for a bit and one bit for a name, whoever asks.
 //! - [`missing_features`] looks at a fixed list of leaves, however long a peer's list is. A leaf that no build knows yet
 //!   is not compared.
 
 mod compare;
+pub mod features;
 mod model;
-mod names;
 mod policy;
 mod vcpu;
 
