@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use arch::x86_64::cpuid::Cpuid;
-use arch::x86_64::state::{MachineClock, VcpuState};
+use arch::x86_64::state::{MachineClock, Msr, VcpuState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{Error, Result};
@@ -80,6 +80,14 @@ pub trait Hypervisor: Send + Sync {
     }
     /// How fast the local APIC's timer of a guest runs, if it is known: a guest that has measured it keeps counting with it.
     fn apic_timer(&self) -> Result<Option<ApicTimer>> {
+        Ok(None)
+    }
+    /// The MSRs that tell a guest what its processor can do, as far as this host can give them, with all that it can give. By default none.
+    fn feature_msrs(&self) -> Result<Vec<Msr>> {
+        Ok(Vec::new())
+    }
+    /// Frequency of a guest's TSC in kHz if nothing else is asked for, where it is known.
+    fn tsc_khz(&self) -> Result<Option<u32>> {
         Ok(None)
     }
     /// The MSRs that this host saves and restores, sorted.
@@ -317,6 +325,8 @@ pub trait Vcpu: Send {
     fn set_cpuid(&mut self, cpuid: &Cpuid) -> Result<()>;
     /// What CPUID shows, as the back end really has it.
     fn cpuid(&self) -> Result<Cpuid>;
+    /// Frequency of its TSC in kHz, where it is known.
+    fn tsc_khz(&self) -> Option<u32>;
     /// Runs the guest until something happens that the machine must decide on.
     fn run(&mut self, bus: &dyn ExitBus) -> Result<VcpuExit>;
     /// A handle that makes [`Vcpu::run`] return from another thread.

@@ -26,7 +26,6 @@ pub mod mshv;
 mod msr;
 mod signal;
 mod state_walk;
-mod tsc;
 mod xsave;
 
 pub use api::*;

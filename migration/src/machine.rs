@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use arch::x86_64::bounded;
-use arch::x86_64::cpuid::Cpuid;
+pub use arch::x86_64::cpu_model::CpuContract;
 use arch::x86_64::state::{Bytes, MachineClock, VcpuState};
 use memory::{GuestRam, PageBitmap, RamRange};
 use serde::{Deserialize, Serialize};
@@ -28,21 +28,6 @@ pub struct Manifest {
     pub memory: Vec<RamRange>,
     /// What the guest was told about its processor.
     pub cpu: CpuContract,
-}
-
-/// What the guest was told about its processor, not what the host has.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct CpuContract {
-    /// CPUID as vCPU 0 was given it.
-    pub cpuid: Cpuid,
-    /// Frequency of the guest's TSC in kHz, where known.
-    pub tsc_khz: Option<u32>,
-    /// Ticks a second of the local APIC's timer, where known.
-    pub apic_timer_hz: Option<u64>,
-    /// Indices of the MSRs that the guest could have used.
-    #[serde(deserialize_with = "bounded::list::<_, _, 8192>")]
-    pub msrs: Vec<u32>,
 }
 
 /// Everything but memory.

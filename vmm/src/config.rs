@@ -5,9 +5,9 @@
 //! does not have may be absent, `null`, `false`, zero or empty, so that a client which always sends it
 //! keeps working; a value that asks for the feature is refused by name.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use arch::x86_64::cpuid::CpuModel;
 use hypervisor::HypervisorKind;
 use serde::{Deserialize, Serialize};
 
@@ -76,10 +76,16 @@ pub struct CpusConfig {
     /// Sockets, dies, cores and threads; all cores of one package by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<TopologyConfig>,
-    /// What the guest is shown of the processor: `host` (default), `portable` or `bare`, with which it can move between
-    /// KVM and the Microsoft hypervisor ([`CpuModel`]).
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub model: CpuModel,
+    /// What the guest is shown of the processor: the name of a CPU model (`host` by default), or the path of a file with one.
+    #[serde(default = "host_model", skip_serializing_if = "is_host_model")]
+    pub model: String,
+    /// Features that are switched on or off, whatever the model says.
+    #[serde(
+        default,
+        skip_serializing_if = "BTreeMap::is_empty",
+        deserialize_with = "null_is_empty"
+    )]
+    pub features: BTreeMap<String, bool>,
 }
 
 impl Default for CpusConfig {
@@ -88,7 +94,8 @@ impl Default for CpusConfig {
             boot_vcpus: 1,
             max_vcpus: 1,
             topology: None,
-            model: CpuModel::Host,
+            model: host_model(),
+            features: BTreeMap::new(),
         }
     }
 }
@@ -127,9 +134,20 @@ pub struct MemoryConfig {
     pub thp: bool,
 }
 
+fn host_model() -> String {
+    "host".to_owned()
+}
+
 /// What older builds do not know is said only where it differs.
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
+fn is_host_model(model: &str) -> bool {
+    model == "host"
+}
+
+/// Cloud Hypervisor's clients may write `null`.
+fn null_is_empty<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<BTreeMap<String, bool>, D::Error> {
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
 fn yes() -> bool {
@@ -293,6 +311,14 @@ pub const MAX_VCPUS: u32 = 254;
 impl VmConfig {
     /// Parses and checks a config.
     pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
+        let config = Self::from_peer(json)?;
+        crate::cpu::check(&config.cpus)?;
+        Ok(config)
+    }
+
+    /// Parses and checks the config of a machine that moves in. Which model its processor was made from need not be known here: it brings
+    /// its contract.
+    pub fn from_peer(json: &[u8]) -> Result<Self, ConfigError> {
         let mut json = crate::json::parse(json).map_err(ConfigError::Json)?;
         absent::strip(&mut json)?;
         let mut config: Self = crate::json::from_value(json).map_err(ConfigError::Json)?;

@@ -13,6 +13,7 @@ pub mod api;
 pub mod cli;
 pub mod client;
 pub mod config;
+mod cpu;
 pub mod job;
 mod json;
 pub mod machine;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::sync::mpsc;
 
+use arch::x86_64::cpu_model::CpuDump;
 use hypervisor::HypervisorKind;
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +23,8 @@ pub enum Request {
     Info,
     /// Counters by device.
     Counters,
+    /// This host, as CPU models are compared with it.
+    CpuDump,
     /// Stop all vCPUs.
     Pause,
     /// Let them run again.
@@ -59,6 +62,8 @@ pub enum Response {
     Info(Box<VmInfo>),
     /// For [`Request::Counters`]: device, counter, value.
     Counters(BTreeMap<String, BTreeMap<String, u64>>),
+    /// For [`Request::CpuDump`].
+    CpuDump(Box<CpuDump>),
     /// A job has started.
     JobStarted(JobId),
     /// For [`Request::Jobs`].
@@ -162,6 +167,9 @@ pub struct ReceiveMigration {
     /// Which hypervisor runs it here; this host's own by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<HypervisorKind>,
+    /// The guest's TSC may run at another frequency here: for guests that do not tell the time by it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_tsc_change: bool,
 }
 
 /// How a move of unknown outcome is settled.

@@ -13,6 +13,7 @@
 pub mod acpi;
 pub mod boot;
 pub mod bounded;
+pub mod cpu_model;
 pub mod cpuid;
 pub mod layout;
 pub mod msr;

@@ -79,6 +79,13 @@ pub fn apply_boot_values(state: &mut VcpuState) {
     );
 }
 
+/// Gives a freshly reset vCPU these values.
+pub fn apply(state: &mut VcpuState, msrs: &[Msr]) {
+    for msr in msrs {
+        set(state, msr.index, msr.value);
+    }
+}
+
 fn find(state: &mut VcpuState, index: u32) -> Option<&mut Msr> {
     state.msrs.iter_mut().find(|msr| msr.index == index)
 }

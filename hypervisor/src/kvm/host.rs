@@ -2,14 +2,16 @@
 
 use std::sync::OnceLock;
 
+use arch::x86_64::cpu_model::FEATURE_MSRS;
 use arch::x86_64::cpuid::Cpuid;
+use arch::x86_64::state::Msr;
 use kvm_bindings::{
     KVM_CAP_ADJUST_CLOCK, KVM_CAP_DEBUGREGS, KVM_CAP_EXCEPTION_PAYLOAD,
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_NESTED_STATE, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_SREGS2,
     KVM_CAP_SYS_HYPERV_CPUID, KVM_CAP_TSC_CONTROL, KVM_CAP_TSC_DEADLINE_TIMER, KVM_CAP_X2APIC_API,
     KVM_CAP_X86_APIC_BUS_CYCLES_NS, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_CAP_XCRS, KVM_CAP_XSAVE2,
     KVM_CLOCK_REALTIME, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS,
+    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, Msrs, kvm_msr_entry,
 };
 
 use super::{call, cpuid, ioctl};
@@ -130,6 +132,40 @@ impl Host {
             .map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
         let indices = super::state::msrs::with_unlisted(list.as_slice());
         Ok(self.msrs.get_or_init(|| indices))
+    }
+
+    /// The registers of KVM's feature list that a CPU model can decide, with all that this host can give.
+    pub(crate) fn feature_msrs(&self) -> Result<Vec<Msr>> {
+        let list = self
+            .fd
+            .get_msr_feature_index_list()
+            .map_err(call("KVM_GET_MSR_FEATURE_INDEX_LIST"))?;
+        let mut registers = Vec::new();
+        for index in FEATURE_MSRS {
+            if !list.as_slice().contains(&index) {
+                continue;
+            }
+            let entry = kvm_msr_entry {
+                index,
+                ..Default::default()
+            };
+            let mut table = Msrs::from_entries(&[entry])
+                .map_err(|_| Error::Invalid("one MSR is too many for one call".into()))?;
+            if self.fd.get_msrs(&mut table).map_err(call("KVM_GET_MSRS"))? == 1 {
+                registers.extend(table.as_slice().iter().map(|entry| Msr {
+                    index,
+                    value: entry.data,
+                }));
+            }
+        }
+        Ok(registers)
+    }
+
+    /// Frequency of a guest's TSC in kHz; nothing on a host whose TSC is not stable. Asks a throw-away vCPU.
+    pub(crate) fn tsc_khz(&self) -> Result<Option<u32>> {
+        let vm = self.fd.create_vm().map_err(call("KVM_CREATE_VM"))?;
+        let vcpu = vm.create_vcpu(0).map_err(call("KVM_CREATE_VCPU"))?;
+        Ok(vcpu.get_tsc_khz().ok().filter(|&khz| khz != 0))
     }
 
     /// Whether nested state can really be read: reported, of use to a guest, and tried on a throw-away vCPU.

@@ -36,6 +36,7 @@ mod vm;
 use std::sync::Arc;
 
 use arch::x86_64::cpuid::Cpuid;
+use arch::x86_64::state::Msr;
 
 use crate::{ApicTimer, Capabilities, Error, Hypervisor, HypervisorKind, Result, Vm, VmOptions};
 use host::Host;
@@ -121,6 +122,14 @@ impl Hypervisor for Kvm {
             hz: vm::APIC_TIMER_HZ,
             adjustable: self.host.apic_bus_cycles,
         }))
+    }
+
+    fn feature_msrs(&self) -> Result<Vec<Msr>> {
+        self.host.feature_msrs()
+    }
+
+    fn tsc_khz(&self) -> Result<Option<u32>> {
+        self.host.tsc_khz()
     }
 
     fn msr_indices(&self) -> Result<Vec<u32>> {

@@ -217,6 +217,11 @@ impl Vcpu for KvmVcpu {
         Ok(cpuid::from_kvm(table.as_slice()))
     }
 
+    fn tsc_khz(&self) -> Option<u32> {
+        // KVM has no answer on a host with an unstable TSC; the guest was told no frequency then.
+        self.fd.get_tsc_khz().ok().filter(|&khz| khz != 0)
+    }
+
     fn run(&mut self, bus: &dyn ExitBus) -> Result<VcpuExit> {
         // SAFETY: always succeeds and touches nothing.
         let this_thread = unsafe { libc::pthread_self() };

@@ -50,6 +50,7 @@ struct Asked {
     cpuid: Cpuid,
     msrs: Vec<u32>,
     apic_timer_hz: Option<u64>,
+    tsc_khz: Option<u32>,
 }
 
 impl Host {
@@ -131,6 +132,11 @@ impl Host {
         Ok(self.asked()?.apic_timer_hz)
     }
 
+    /// Frequency of a guest's TSC in kHz, if the hypervisor says it.
+    pub(crate) fn tsc_khz(&self) -> Result<Option<u32>> {
+        Ok(self.asked()?.tsc_khz)
+    }
+
     /// Asks a VP of a partition that is thrown away again.
     fn asked(&self) -> Result<&Asked> {
         if let Some(asked) = self.asked.get() {
@@ -145,6 +151,7 @@ impl Host {
         let asked = Asked {
             cpuid,
             msrs: super::state::msrs::readable(&vp)?,
+            tsc_khz: super::time::tsc_khz(&partition),
             apic_timer_hz: registers::read(&vp, &[INTERRUPT_CLOCK_FREQUENCY])
                 .ok()
                 .and_then(|values| values.first().map(|words| words[0]))

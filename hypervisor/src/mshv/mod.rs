@@ -123,6 +123,10 @@ impl Hypervisor for Mshv {
         }))
     }
 
+    fn tsc_khz(&self) -> Result<Option<u32>> {
+        self.host.tsc_khz()
+    }
+
     fn msr_indices(&self) -> Result<Vec<u32>> {
         self.host.msr_indices().map(<[u32]>::to_vec)
     }

@@ -104,6 +104,10 @@ impl Vcpu for MshvVcpu {
         cpuid::enumerate(&self.fd)
     }
 
+    fn tsc_khz(&self) -> Option<u32> {
+        super::time::tsc_khz(&self.vm.fd)
+    }
+
     fn run(&mut self, bus: &dyn ExitBus) -> Result<VcpuExit> {
         // SAFETY: always succeeds and touches nothing.
         let this_thread = unsafe { libc::pthread_self() };

@@ -5,6 +5,7 @@
 //!     │
 //!     ├─ static   cargo fmt --check, clippy with warnings denied, ../shared/house    checks.rs
 //!     ├─ unit     the unit tests of every crate                                      suites.rs
+//!     ├─ cpu      CPU models against dumps of real processors                        suites.rs
 //!     ├─ emulator the instruction emulator against this machine's processor          suites.rs
 //!     ├─ backend  small guest programs, the same on every hypervisor back end        suites.rs
 //!     ├─ native   real guests on this machine, on every back end                     suites.rs
@@ -35,6 +36,7 @@ Runs test suites, all of them in this order when none is named:
 
   static   formatting, clippy with warnings denied, the house check where it is there
   unit     the unit tests of every crate
+  cpu      CPU models against dumps of real processors
   emulator the instruction emulator against this machine's processor, instruction by instruction
   backend  the conformance suite: small guest programs, the same on /dev/kvm and on /dev/mshv or its double
   native   real guests, booted and moved, on /dev/kvm and on /dev/mshv or its double, and between the two

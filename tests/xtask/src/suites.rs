@@ -14,6 +14,8 @@ pub(crate) enum Suite {
     Static,
     /// Unit tests of the crates.
     Unit,
+    /// CPU models against dumps of real processors.
+    Cpu,
     /// The instruction emulator against the processor.
     Emulator,
     /// The conformance suite of the hypervisor back ends, and what is about one of them.
@@ -26,9 +28,10 @@ pub(crate) enum Suite {
 
 impl Suite {
     /// Every suite, in the order of a full run.
-    const ALL: [Suite; 6] = [
+    const ALL: [Suite; 7] = [
         Suite::Static,
         Suite::Unit,
+        Suite::Cpu,
         Suite::Emulator,
         Suite::Backend,
         Suite::Native,
@@ -39,6 +42,7 @@ impl Suite {
         match self {
             Suite::Static => "static",
             Suite::Unit => "unit",
+            Suite::Cpu => "cpu",
             Suite::Emulator => "emulator",
             Suite::Backend => "backend",
             Suite::Native => "native",
@@ -82,6 +86,9 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
         match suite {
             Suite::Static => checks::run(&mut tally)?,
             Suite::Unit => unit(&mut tally)?,
+            Suite::Cpu => {
+                cargo_test(&mut tally, "cpu", &["--test", "corpus"], &[])?;
+            }
             Suite::Emulator => cargo_test(&mut tally, "emulator", &["--test", "emulator"], &[])?,
             Suite::Backend => {
                 let tests = ["--test", "backend", "--test", "kvm", "--test", "preloaded"];
@@ -124,6 +131,8 @@ fn unit(tally: &mut Tally) -> Result<()> {
     cargo_test(tally, "unit", &["--lib", "--bins"], &[])?;
     // The other targets of these are suites of their own.
     let others = [
+        "--exclude",
+        "cpu",
         "--exclude",
         "hypervisor",
         "--exclude",

@@ -1,5 +1,7 @@
 //! The endpoints.
 
+use arch::x86_64::bounded;
+use arch::x86_64::cpu_model::{CpuDump, CpuModel, baseline, compare};
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::{BytesRejection, PathRejection};
@@ -9,7 +11,7 @@ use axum::extract::{
 use axum::http::request::Parts;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response as HttpResponse};
-use axum::routing::{get, put};
+use axum::routing::{get, post, put};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
@@ -55,6 +57,9 @@ pub fn router(service: Service) -> Router {
         .route(&path("vm.counters"), get(counters))
         .route(&path("vm.send-migration"), put(send_migration))
         .route(&path("vm.receive-migration"), put(receive_migration))
+        .route(&path("cpu"), get(cpu))
+        .route(&path("cpu/compare"), post(cpu_compare))
+        .route(&path("cpu/baseline"), post(cpu_baseline))
         .route(&path("jobs"), get(jobs))
         .route(&path("jobs/{id}"), get(job))
         .route(&path("jobs/{id}/cancel"), put(cancel_job))
@@ -99,6 +104,52 @@ async fn counters(State(service): State<Service>) -> Answer {
         Response::Counters(counters) => Ok(json(StatusCode::OK, &counters)),
         other => Err(unexpected(&other)),
     }
+}
+
+/// This host, as [`cpu_compare`] and [`cpu_baseline`] take it.
+async fn cpu(State(service): State<Service>) -> Answer {
+    match ask(&service, Request::CpuDump).await? {
+        Response::CpuDump(dump) => Ok(json(StatusCode::OK, &dump)),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// The body of `cpu/compare`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Compare {
+    a: CpuDump,
+    b: CpuDump,
+}
+
+async fn cpu_compare(Body(body): Body) -> Answer {
+    let Compare { a, b } = parse(&body)?;
+    Ok(json(StatusCode::OK, &compare(&a, &b)))
+}
+
+/// The body of `cpu/baseline`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Baseline {
+    #[serde(default = "baseline_name")]
+    name: String,
+    #[serde(deserialize_with = "bounded::list::<_, _, 256>")]
+    hosts: Vec<CpuDump>,
+    #[serde(default)]
+    cross_vendor: bool,
+}
+
+fn baseline_name() -> String {
+    "baseline".to_owned()
+}
+
+/// Answers with a model that a config can name once it is in a file.
+async fn cpu_baseline(Body(body): Body) -> Answer {
+    let request: Baseline = parse(&body)?;
+    let spec = baseline(&request.name, &request.hosts, request.cross_vendor)
+        .map_err(|error| Problem::bad_request(error.to_string()))?;
+    CpuModel::from_spec(&spec).map_err(|errors| Problem::bad_request(crate::cpu::list(&errors)))?;
+    Ok(json(StatusCode::OK, &spec))
 }
 
 async fn send_migration(State(service): State<Service>, wait: Wait, Body(body): Body) -> Answer {

@@ -127,6 +127,7 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         receiver_url: args.url,
         serial: args.serial,
         hypervisor: args.hypervisor.map(Into::into),
+        allow_tsc_change: args.allow_tsc_change,
     };
     let id = match service.call(Request::Receive(receive)) {
         Ok(Response::JobStarted(id)) => id,

@@ -3,6 +3,7 @@
 //! ```text
 //!  run, serve, receive ─► host.rs: own a machine until it ends      (machine's thread, API if asked for)
 //!  send, ctl           ─► send.rs, ctl.rs: talk to the API of such a process
+//!  cpu                 ─► cpu.rs: this and other hosts, CPU models
 //!  demo                ─► demo/: start two of them and move a guest from one to the other
 //! ```
 //!
@@ -10,6 +11,7 @@
 //! (the reason is the last line on standard error), 2 wrong usage or no hypervisor for the demo,
 //! 3 a move whose outcome is unknown.
 
+mod cpu;
 mod ctl;
 mod demo;
 mod host;
@@ -44,6 +46,7 @@ Examples:
   vmm receive tcp:0.0.0.0:4600                   wait for a machine and run it
   vmm send tcp:host-b:4600 --api-socket a.sock   move the machine behind a.sock there
   vmm ctl --api-socket a.sock info               ask about it
+  vmm cpu compare a.json b.json                  whether guests move between two hosts
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 a move whose outcome is unknown.")]
 struct Cli {
@@ -62,6 +65,7 @@ enum Command {
     Receive(ReceiveArgs),
     Send(SendArgs),
     Ctl(ctl::CtlArgs),
+    Cpu(cpu::CpuArgs),
     Demo(demo::DemoArgs),
 }
 
@@ -75,8 +79,8 @@ Examples:
   vmm run --config vm.json
   vmm run --config vm.json --api-socket /run/vm1.sock
 
-`cpus.model` in the config says what the guest sees of the processor: host (default), portable (it can move between
-KVM and the Microsoft hypervisor, and tells the time by a clock of both) or bare (no hypervisor's interface).
+`cpus.model` in the config says what the guest sees of the processor: host (default), a baseline such as x86-64-v3 or
+EPYC-Rome, portable (it can move between KVM and the Microsoft hypervisor), or a file; see `vmm cpu --help`.
 
 A config that boots a Linux kernel, with its console on this terminal:
   {
@@ -159,6 +163,10 @@ struct ReceiveArgs {
     /// Which hypervisor runs the machine here [default: mshv where /dev/mshv exists, else kvm]
     #[arg(long, value_name = "NAME")]
     hypervisor: Option<HypervisorName>,
+    /// Take the guest even if its TSC runs at another frequency here, which it is not told of: for guests that do not tell
+    /// the time by it.
+    #[arg(long)]
+    allow_tsc_change: bool,
 }
 
 /// Move the machine of a running vmm to another one that waits with `vmm receive`.
@@ -241,6 +249,7 @@ impl Command {
             Self::Receive(args) => host::receive(args),
             Self::Send(args) => send::send(args),
             Self::Ctl(args) => ctl::ctl(&args),
+            Self::Cpu(args) => cpu::cpu(args),
             Self::Demo(args) => demo::demo(&args),
         }
     }

@@ -42,6 +42,13 @@ fn accepted() {
         "ctl --api-socket a.sock settle 1 resume_here",
         "ctl --api-socket a.sock settle 1 runs_there",
         "ctl --api-socket a.sock vmm-shutdown",
+        "receive tcp:127.0.0.1:0 --allow-tsc-change",
+        "cpu models",
+        "cpu dump --hypervisor kvm",
+        "cpu compare a.json host --json",
+        "cpu baseline a.json b.json host --name both --cross-vendor",
+        "cpu explain x86-64-v3 --json",
+        "cpu verify EPYC-Rome --hypervisor mshv --json",
         "demo",
         "demo --json",
     ];
@@ -58,6 +65,8 @@ fn refused() {
         ("", "Usage"),
         ("run", "--config"),
         ("run --config a --hypervisor xen", "kvm"),
+        ("cpu compare a.json", "<B>"),
+        ("cpu baseline", "<HOST>"),
         ("serve", "--api-socket"),
         ("receive", "<URL>"),
         (

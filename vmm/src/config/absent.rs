@@ -12,7 +12,6 @@ const KNOWN: &[&str] = &[
     "console.socket",
     "cpus.affinity",
     "cpus.core_scheduling",
-    "cpus.features",
     "cpus.kvm_hyperv",
     "cpus.max_phys_bits",
     "cpus.nested",

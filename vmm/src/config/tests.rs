@@ -162,10 +162,6 @@ fn features_that_do_not_exist_are_refused_by_name() {
             json!({"memory": {"size": 1 << 30, "zones": [{"id": "a"}]}}),
         ),
         (
-            "cpus.features",
-            json!({"cpus": {"boot_vcpus": 1, "features": {"amx": true}}}),
-        ),
-        (
             "cpus.kvm_hyperv",
             json!({"cpus": {"boot_vcpus": 1, "kvm_hyperv": true}}),
         ),
@@ -232,6 +228,31 @@ fn bad_values_name_the_field_and_the_fix() {
             "equal to max_vcpus",
             json!({"cpus": {"boot_vcpus": 1, "topology":
             {"threads_per_core": 65535, "cores_per_die": 65535, "dies_per_package": 65535, "packages": 65535}}}),
+        ),
+        (
+            "cpus.model",
+            "x86-64-v3",
+            json!({"cpus": {"boot_vcpus": 1, "model": "x86-64-v9"}}),
+        ),
+        (
+            "cpus.model",
+            "base of a model",
+            json!({"cpus": {"boot_vcpus": 1, "model": "none"}}),
+        ),
+        (
+            "cpus.features",
+            "did you mean `avx512f`",
+            json!({"cpus": {"boot_vcpus": 1, "features": {"avx51f": true}}}),
+        ),
+        (
+            "cpus.features",
+            "needs xsave (leaf 0x1, subleaf 0, ecx bit 26)",
+            json!({"cpus": {"boot_vcpus": 1, "model": "x86-64-v2", "features": {"avx": true}}}),
+        ),
+        (
+            "cpus.features",
+            "on and off",
+            json!({"cpus": {"boot_vcpus": 1, "features": {"sse3": true, "pni": false}}}),
         ),
         (
             "memory.size",
@@ -398,4 +419,25 @@ fn serial_ports_on_the_command_line() {
         let error = text.parse::<SerialConfig>().expect_err(text).to_string();
         assert!(error.contains("use off, null, pty, tty"), "{text}: {error}");
     }
+}
+
+#[test]
+fn models_and_features_are_taken() {
+    for cpus in [
+        json!({"boot_vcpus": 1, "model": "EPYC-Rome"}),
+        json!({"boot_vcpus": 1, "model": "epyc-rome-v1", "features": {"sha_ni": false}}),
+        json!({"boot_vcpus": 1, "model": "./not/there/yet.json"}),
+        json!({"boot_vcpus": 1, "features": null}),
+        json!({"boot_vcpus": 1, "features": {"amx": false}}),
+    ] {
+        let config = accepted(json!({ "cpus": cpus }));
+        let text = serde_json::to_vec(&config).expect("JSON");
+        assert_eq!(VmConfig::from_json(&text).expect("its own output"), config);
+    }
+    // The machine of a peer brings its contract: which model that was made from need not be known here.
+    let unknown =
+        json!({"payload": {"kernel": "k"}, "cpus": {"boot_vcpus": 1, "model": "of-next-year"}});
+    let text = unknown.to_string();
+    assert!(VmConfig::from_json(text.as_bytes()).is_err());
+    assert!(VmConfig::from_peer(text.as_bytes()).is_ok());
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
-use arch::x86_64::cpuid::missing_features;
+use arch::x86_64::cpu_model::HostOffer;
 use hypervisor::HypervisorKind;
 use memory::GuestRam;
 use migration::{
@@ -19,6 +19,10 @@ pub(super) struct MovingIn {
     machine: u64,
     serial: Option<SerialConfig>,
     hypervisor: Option<HypervisorKind>,
+    /// A TSC of another frequency is better than no guest.
+    tsc_may_change: bool,
+    /// It gets one.
+    tsc_changes: bool,
     events: Sender<Event>,
     instance: Option<Arc<Instance>>,
     run_state: RunState,
@@ -35,12 +39,15 @@ impl MovingIn {
         machine: u64,
         serial: Option<SerialConfig>,
         hypervisor: Option<HypervisorKind>,
+        tsc_may_change: bool,
         events: Sender<Event>,
     ) -> Self {
         Self {
             machine,
             serial,
             hypervisor,
+            tsc_may_change,
+            tsc_changes: false,
             events,
             instance: None,
             run_state: RunState::Paused,
@@ -58,7 +65,7 @@ impl MovingIn {
 
     /// The machine's config, as it is here.
     fn config(&self, manifest: &Manifest) -> Result<VmConfig, Refusal> {
-        let mut config = VmConfig::from_json(manifest.config.as_bytes())
+        let mut config = VmConfig::from_peer(manifest.config.as_bytes())
             .map_err(|e| refuse(RefusalKind::Config, e.to_string()))?;
         // Which hypervisor the source's host has says nothing about this one.
         config.hypervisor = self.hypervisor;
@@ -88,7 +95,11 @@ impl MovingIn {
     }
 
     fn build(&self, config: VmConfig, manifest: &Manifest) -> Result<Instance, Refusal> {
-        let plan = Plan::arriving(config, &manifest.cpu);
+        let mut contract = manifest.cpu.clone();
+        if self.tsc_changes {
+            contract.tsc_khz = None;
+        }
+        let plan = Plan::new(config, Some(contract));
         let ranges = plan
             .ram_ranges()
             .map_err(|e| refuse(RefusalKind::Memory, e.to_string()))?;
@@ -103,6 +114,7 @@ impl MovingIn {
             let kind = match &error {
                 BuildError::Config(_) => RefusalKind::Config,
                 BuildError::Memory(_) => RefusalKind::Memory,
+                BuildError::NotGiven { .. } => RefusalKind::Cpu,
                 BuildError::Hypervisor(_) => RefusalKind::Hypervisor,
                 _ => RefusalKind::Device,
             };
@@ -115,41 +127,39 @@ fn refuse(kind: RefusalKind, detail: String) -> Refusal {
     Refusal { kind, detail }
 }
 
-/// Why this host cannot be what the guest was told that its processor is; nothing if it can.
-fn cpu_refusals(config: &VmConfig, manifest: &Manifest) -> hypervisor::Result<Vec<Refusal>> {
-    let (cpu, source) = (&manifest.cpu, manifest.hypervisor.as_str());
-    let hypervisor = super::instance::open_hypervisor(config.hypervisor)?;
-    let offered = super::instance::offered_cpuid(&*hypervisor, config.cpus.model)?;
-    let mut refusals: Vec<Refusal> = missing_features(&cpu.cpuid, &offered)
-        .into_iter()
-        .map(|missing| refuse(RefusalKind::Cpu, format!("this host's CPU lacks {missing}")))
-        .collect();
-    let here = hypervisor.apic_timer()?;
-    let name = hypervisor.kind();
-    match (cpu.apic_timer_hz, here) {
-        (Some(there), Some(here)) if there != here.hz && !here.adjustable => {
-            refusals.push(refuse(
-                RefusalKind::Cpu,
-                format!(
-                    "the guest's local APIC timer runs at {there} Hz, this host's ({name}) at {} Hz, and cannot be changed",
-                    here.hz
-                ),
-            ));
-        }
-        // On one kind of hypervisor it is the same, even if nobody can say what.
-        (None, _) | (_, None) if source != name.name() => refusals.push(refuse(
-            RefusalKind::Cpu,
-            format!("it is not known whether the guest's local APIC timer ({source}) runs as fast as this host's ({name})"),
-        )),
-        _ => {}
+impl MovingIn {
+    /// Why this host cannot be what the guest was told that its processor is; nothing if it can.
+    fn cpu_refusals(
+        &mut self,
+        config: &VmConfig,
+        manifest: &Manifest,
+    ) -> hypervisor::Result<Vec<Refusal>> {
+        let hypervisor = super::instance::open_hypervisor(config.hypervisor)?;
+        let timer = hypervisor.apic_timer()?;
+        let contract = &manifest.cpu;
+        let offer = HostOffer {
+            cpuid: crate::cpu::offered(&*hypervisor, contract.interface())?,
+            feature_msrs: hypervisor.feature_msrs()?,
+            tsc_khz: hypervisor.tsc_khz()?,
+            tsc_scaling: hypervisor.capabilities().tsc_scaling,
+            tsc_may_change: self.tsc_may_change,
+            apic_timer_hz: timer.map(|timer| timer.hz),
+            apic_timer_adjustable: timer.is_some_and(|timer| timer.adjustable),
+            same_hypervisor: manifest.hypervisor == hypervisor.kind().name(),
+        };
+        self.tsc_changes = contract.tsc_change(&offer).is_some();
+        Ok(contract
+            .refusals(&offer)
+            .into_iter()
+            .map(|reason| refuse(RefusalKind::Cpu, reason))
+            .collect())
     }
-    Ok(refusals)
 }
 
 impl DestinationMachine for MovingIn {
     fn reserve(&mut self, manifest: &Manifest) -> Result<Arc<GuestRam>, Vec<Refusal>> {
         let config = self.config(manifest).map_err(|refusal| vec![refusal])?;
-        let refusals = cpu_refusals(&config, manifest).map_err(|error| {
+        let refusals = self.cpu_refusals(&config, manifest).map_err(|error| {
             vec![Refusal {
                 kind: RefusalKind::Hypervisor,
                 detail: super::error_chain(&error),
@@ -172,7 +182,13 @@ impl DestinationMachine for MovingIn {
             .instance
             .as_ref()
             .ok_or("no machine has been reserved")?;
-        instance.restore(state)?;
+        if self.tsc_changes {
+            let mut state = state.clone();
+            state.vcpus.iter_mut().for_each(|vcpu| vcpu.tsc_khz = None);
+            instance.restore(&state)?;
+        } else {
+            instance.restore(state)?;
+        }
         self.run_state = state.run_state;
         Ok(())
     }

@@ -15,12 +15,13 @@ use std::sync::mpsc::Sender;
 
 use arch::x86_64::acpi;
 use arch::x86_64::boot::{self, BootError, BootSources};
-use arch::x86_64::cpuid::{CpuModel, Cpuid, can_be_portable, for_vcpu, has_hyperv, of_model};
+use arch::x86_64::cpu_model::{CpuModel, Unavailable};
+use arch::x86_64::cpuid::{Interface, MissingFeature, differences, for_vcpu, has_hyperv};
 use arch::x86_64::layout;
 use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
 use arch::x86_64::topology::{Topology, TopologyError};
-use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vm, VmOptions};
+use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vcpu, Vm, VmOptions};
 use memory::{GuestRam, RamRange};
 use migration::{CpuContract, DeviceState, MachineState, Manifest, RunState};
 
@@ -65,6 +66,22 @@ pub(crate) enum BuildError {
     /// A thread cannot be started.
     #[error("cannot start a vCPU thread: {0}")]
     Thread(std::io::Error),
+    /// This host cannot give what the CPU model has.
+    #[error("cpus.model: this host cannot run a guest of the model `{model}`: {}", crate::cpu::list(.missing))]
+    Model {
+        /// Its name.
+        model: String,
+        /// What is missing.
+        missing: Vec<Unavailable>,
+    },
+    /// The hypervisor shows something else than it was told to.
+    #[error("cpus.model: the hypervisor does not show vCPU {vcpu} what it was told to: {}", crate::cpu::list(.differing))]
+    NotGiven {
+        /// The vCPU.
+        vcpu: u32,
+        /// What differs.
+        differing: Vec<MissingFeature>,
+    },
     /// The ACPI tables do not fit, or cannot be written.
     #[error(transparent)]
     Tables(#[from] acpi::AcpiError),
@@ -76,6 +93,7 @@ impl BuildError {
         matches!(
             self,
             Self::Config(_)
+                | Self::Model { .. }
                 | Self::Topology(_)
                 | Self::Open { .. }
                 | Self::Boot(_)
@@ -87,27 +105,14 @@ impl BuildError {
 /// What a machine is built from.
 pub(super) struct Plan {
     config: VmConfig,
-    /// The CPUID of a guest that arrives; a new guest gets what the host offers.
-    cpuid: Option<Cpuid>,
-    /// What the local APIC timers of a guest that arrives run at, where that is known.
-    apic_timer_hz: Option<u64>,
+    /// What the guest has been told of its processor before; a new guest is told what its model says.
+    contract: Option<CpuContract>,
 }
 
 impl Plan {
-    pub(super) fn booting(config: VmConfig) -> Self {
-        Self {
-            config,
-            cpuid: None,
-            apic_timer_hz: None,
-        }
-    }
-
-    pub(super) fn arriving(config: VmConfig, cpu: &CpuContract) -> Self {
-        Self {
-            config,
-            cpuid: Some(cpu.cpuid.clone()),
-            apic_timer_hz: cpu.apic_timer_hz,
-        }
+    /// A machine of this config, with the contract that it had before, if it had one.
+    pub(super) fn new(config: VmConfig, contract: Option<CpuContract>) -> Self {
+        Self { config, contract }
     }
 
     pub(super) fn ram_ranges(&self) -> Result<Vec<RamRange>, memory::Error> {
@@ -126,7 +131,8 @@ impl Plan {
     }
 }
 
-pub(super) fn open_hypervisor(
+/// The hypervisor of this kind; the host's own if none is asked for.
+pub(crate) fn open_hypervisor(
     kind: Option<HypervisorKind>,
 ) -> hypervisor::Result<Box<dyn Hypervisor>> {
     match kind {
@@ -135,26 +141,80 @@ pub(super) fn open_hypervisor(
     }
 }
 
-/// What a host can show a guest of this model.
-pub(super) fn offered_cpuid(
-    hypervisor: &dyn Hypervisor,
-    model: CpuModel,
-) -> hypervisor::Result<Cpuid> {
-    if model == CpuModel::Portable && !can_be_portable(&hypervisor.enlightenments()?) {
-        return Err(hypervisor::Error::Missing {
-            what: "Hyper-V's reference counter, reference TSC and frequency registers, which a guest of the model \
-                   `portable` tells the time by (KVM has them from Linux 5.11 on if it was built with CONFIG_KVM_HYPERV); \
-                   the model `bare` does without",
+/// What a new guest of this model is told on this host.
+fn new_contract(hypervisor: &dyn Hypervisor, model: &CpuModel) -> Result<CpuContract, BuildError> {
+    // For the interface's own refusal.
+    crate::cpu::offered(hypervisor, model.interface)?;
+    let refused = |missing| BuildError::Model {
+        model: model.name.clone(),
+        missing,
+    };
+    let cpuid = model
+        .apply(&hypervisor.supported_cpuid()?)
+        .map_err(refused)?;
+    let feature_msrs = model
+        .apply_msrs(&cpuid, &hypervisor.feature_msrs()?)
+        .map_err(refused)?;
+    let timer = hypervisor.apic_timer()?;
+    Ok(CpuContract {
+        cpuid,
+        cross_vendor: model.cross_vendor,
+        tsc_khz: None,
+        apic_timer_hz: match timer {
+            // Its guest reads the frequency, and the other hypervisor knows only one.
+            Some(timer) if timer.adjustable && model.interface == Interface::Hyperv => {
+                Some(HYPERV_TIMER_HZ)
+            }
+            timer => timer.map(|timer| timer.hz),
+        },
+        msrs: hypervisor.msr_indices()?,
+        feature_msrs,
+    })
+}
+
+/// Gives a vCPU what the contract says, and reads it back.
+///
+/// Some hypervisors list features that they then do not give (a KVM without hardware virtualisation: `arch_capabilities`). If the guest's new
+/// model only says "what the host has", the first vCPU takes those out of the contract.
+fn show(
+    vcpu: &mut dyn Vcpu,
+    contract: &mut CpuContract,
+    topology: &Topology,
+    model: Option<&CpuModel>,
+) -> Result<(), BuildError> {
+    let id = vcpu.id();
+    let give = |vcpu: &mut dyn Vcpu, contract: &CpuContract| {
+        let wanted = for_vcpu(&contract.cpuid, topology, id);
+        vcpu.set_cpuid(&wanted)?;
+        Ok::<_, hypervisor::Error>(differences(&wanted, &vcpu.cpuid()?))
+    };
+    let mut given = give(vcpu, contract)?;
+    if !given.lacking.is_empty()
+        && id == 0
+        && model.is_some_and(|model| contract.give_up(&given.lacking, model))
+    {
+        given = give(vcpu, contract)?;
+    }
+    if !given.lacking.is_empty() {
+        return Err(BuildError::NotGiven {
+            vcpu: id,
+            differing: given.lacking,
         });
     }
-    Ok(of_model(&hypervisor.supported_cpuid()?, model))
+    if id == 0 && !given.excess.is_empty() {
+        tracing::info!(
+            features = crate::cpu::list(&given.excess),
+            "this host's hypervisor shows guests what their CPU model does not have"
+        );
+    }
+    Ok(())
 }
 
 /// A machine that has been built.
 pub(crate) struct Instance {
     number: u64,
     config: VmConfig,
-    cpuid: Cpuid,
+    contract: CpuContract,
     vcpus: VcpuSet,
     devices: DeviceSet,
     bus: Arc<MachineBus>,
@@ -163,8 +223,6 @@ pub(crate) struct Instance {
     ram: Arc<GuestRam>,
     slots: Vec<MemorySlot>,
     hypervisor: Box<dyn Hypervisor>,
-    /// What the guest's local APIC timers run at, where it is known.
-    apic_timer_hz: Option<u64>,
 }
 
 /// The local APIC timer of the Microsoft hypervisor's guests, in Hz.
@@ -182,21 +240,19 @@ impl Instance {
         let ranges = plan.ram_ranges()?;
         let hypervisor = open_hypervisor(plan.config.hypervisor)?;
         let ram = Arc::new(GuestRam::new(&ranges, plan.config.memory.backing())?);
-        let cpuid = match plan.cpuid {
-            Some(cpuid) => cpuid,
-            None => offered_cpuid(&*hypervisor, plan.config.cpus.model)?,
-        };
-        let timer = hypervisor.apic_timer()?;
-        let apic_timer_hz = match (plan.apic_timer_hz, plan.config.cpus.model, timer) {
-            (Some(hz), _, _) => Some(hz),
-            // Its guest reads the frequency, and the other hypervisor knows only one.
-            (None, CpuModel::Portable, Some(timer)) if timer.adjustable => Some(HYPERV_TIMER_HZ),
-            _ => timer.map(|timer| timer.hz),
+        let (mut contract, model) = match plan.contract {
+            Some(contract) => (contract, None),
+            None => {
+                let model = crate::cpu::resolve(&plan.config.cpus)?;
+                (new_contract(&*hypervisor, &model)?, Some(model))
+            }
         };
         let vm = hypervisor.create_vm(&VmOptions {
             ioapic_pins: layout::IOAPIC_PINS,
-            hyperv: has_hyperv(&cpuid),
-            apic_timer_hz,
+            hyperv: has_hyperv(&contract.cpuid),
+            apic_timer_hz: contract
+                .apic_timer_hz
+                .or(hypervisor.apic_timer()?.map(|timer| timer.hz)),
         })?;
         let slots: Vec<MemorySlot> = ram
             .regions()
@@ -225,16 +281,19 @@ impl Instance {
         let vcpus = (0..plan.config.cpus.boot_vcpus)
             .map(|id| {
                 let mut vcpu = vm.create_vcpu(id)?;
-                vcpu.set_cpuid(&for_vcpu(&cpuid, &topology, id))?;
+                show(&mut *vcpu, &mut contract, &topology, model.as_ref())?;
                 Ok(vcpu)
             })
-            .collect::<hypervisor::Result<Vec<_>>>()?;
+            .collect::<Result<Vec<_>, BuildError>>()?;
+        if contract.tsc_khz.is_none() {
+            contract.tsc_khz = vcpus.first().and_then(|vcpu| vcpu.tsc_khz());
+        }
         let exit_bus: Arc<dyn hypervisor::ExitBus + Send + Sync> = bus.clone();
         let vcpus = VcpuSet::start(vcpus, &exit_bus, &demands).map_err(BuildError::Thread)?;
         Ok(Self {
             number,
             config: plan.config,
-            cpuid,
+            contract,
             vcpus,
             devices,
             bus,
@@ -243,7 +302,6 @@ impl Instance {
             ram,
             slots,
             hypervisor,
-            apic_timer_hz,
         })
     }
 
@@ -295,6 +353,7 @@ impl Instance {
             } else {
                 msr::apply_boot_values(state);
             }
+            msr::apply(state, &self.contract.feature_msrs);
         }
         self.vcpus.restore(&states)?;
         Ok(())
@@ -303,6 +362,11 @@ impl Instance {
     /// The number that tells this machine's demands from those of an earlier one.
     pub(super) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// What the guest was told of its processor.
+    pub(super) fn contract(&self) -> &CpuContract {
+        &self.contract
     }
 
     pub(super) fn config(&self) -> &VmConfig {
@@ -388,12 +452,7 @@ impl Instance {
                 .iter()
                 .map(|region| region.range())
                 .collect(),
-            cpu: CpuContract {
-                cpuid: self.cpuid.clone(),
-                tsc_khz: None,
-                msrs: self.hypervisor.msr_indices()?,
-                apic_timer_hz: self.apic_timer_hz,
-            },
+            cpu: self.contract.clone(),
         })
     }
 

@@ -29,6 +29,8 @@ mod owner;
 mod source;
 mod vcpus;
 
+pub(crate) use self::instance::open_hypervisor;
+
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 

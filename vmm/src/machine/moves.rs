@@ -237,7 +237,13 @@ impl Owner {
         let spawned = std::thread::Builder::new()
             .name("move-in".into())
             .spawn(move || {
-                let mut machine = MovingIn::new(number, request.serial, hypervisor, events.clone());
+                let mut machine = MovingIn::new(
+                    number,
+                    request.serial,
+                    hypervisor,
+                    request.allow_tsc_change,
+                    events.clone(),
+                );
                 let options = migration::ReceiveOptions::default();
                 let result = migration::receive(&listener, &mut machine, &options, &worker_control)
                     .map_err(ReceiveFailure::Move)
@@ -269,6 +275,7 @@ impl Owner {
             Ok((_, arrived)) => {
                 self.vm = Some(Vm {
                     config: arrived.instance.config().clone(),
+                    contract: Some(arrived.instance.contract().clone()),
                     state: match arrived.run_state {
                         RunState::Running => VmState::Running,
                         RunState::Paused => VmState::Paused,

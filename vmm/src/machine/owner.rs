@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 
 use hypervisor::HypervisorKind;
-use migration::MoveControl;
+use migration::{CpuContract, MoveControl};
 
 use super::demand::Demand;
 use super::instance::{Instance, Plan};
@@ -18,6 +18,8 @@ use crate::service::{ErrorKind, Reply, ReplyTo, Request, Response, ServiceError,
 /// A machine: its config, and what runs it if it has been built.
 pub(super) struct Vm {
     pub(super) config: VmConfig,
+    /// What the guest was told of its processor when it was first built, here or elsewhere: a reboot changes nothing of it.
+    pub(super) contract: Option<CpuContract>,
     pub(super) state: VmState,
     pub(super) instance: Option<Arc<Instance>>,
 }
@@ -102,6 +104,7 @@ impl Owner {
             Request::Boot => self.boot(),
             Request::Info => self.info(),
             Request::Counters => self.counters(),
+            Request::CpuDump => self.cpu_dump(),
             Request::Pause => self.pause(),
             Request::Resume => self.resume(),
             Request::Reboot => self.reboot(),
@@ -182,6 +185,7 @@ impl Owner {
             .map_err(|error| ServiceError::new(ErrorKind::BadRequest, error.to_string()))?;
         self.vm = Some(Vm {
             config,
+            contract: None,
             state: VmState::Created,
             instance: None,
         });
@@ -198,7 +202,7 @@ impl Owner {
         self.machines += 1;
         let (number, events) = (self.machines, self.events.clone());
         let vm = self.vm()?;
-        let plan = Plan::booting(vm.config.clone());
+        let plan = Plan::new(vm.config.clone(), vm.contract.clone());
         let instance = Instance::build(plan, number, &events)
             .and_then(|instance| instance.load().map(|()| instance))
             .map_err(|error| {
@@ -214,6 +218,7 @@ impl Owner {
         match instance {
             Ok(instance) => {
                 instance.resume();
+                vm.contract = Some(instance.contract().clone());
                 vm.instance = Some(Arc::new(instance));
                 vm.state = VmState::Running;
                 Ok(Response::Done)
@@ -239,6 +244,15 @@ impl Owner {
             hypervisor: vm.instance.as_ref().map(|i| i.hypervisor_name().to_owned()),
             config,
         })))
+    }
+
+    /// This host as the hypervisor sees it that runs machines here.
+    fn cpu_dump(&self) -> Reply {
+        let asked = self.vm.as_ref().and_then(|vm| vm.config.hypervisor);
+        super::open_hypervisor(asked.or(self.hypervisor))
+            .and_then(|hypervisor| crate::cpu::dump(&*hypervisor))
+            .map(|dump| Response::CpuDump(Box::new(dump)))
+            .map_err(|error| ServiceError::new(ErrorKind::Failed, error_chain(&error)))
     }
 
     fn counters(&mut self) -> Reply {

@@ -22,7 +22,7 @@ impl Register {
     /// In the order of [`CpuidEntry`].
     pub const ALL: [Self; 4] = [Self::Eax, Self::Ebx, Self::Ecx, Self::Edx];
 
-    pub(super) fn of(self, entry: &CpuidEntry) -> u32 {
+    pub(crate) fn of(self, entry: &CpuidEntry) -> u32 {
         match self {
             Self::Eax => entry.eax,
             Self::Ebx => entry.ebx,
@@ -31,7 +31,7 @@ impl Register {
         }
     }
 
-    pub(super) fn of_mut(self, entry: &mut CpuidEntry) -> &mut u32 {
+    pub(crate) fn of_mut(self, entry: &mut CpuidEntry) -> &mut u32 {
         match self {
             Self::Eax => &mut entry.eax,
             Self::Ebx => &mut entry.ebx,
@@ -65,6 +65,39 @@ pub struct MissingFeature {
     pub bits: u32,
 }
 
+impl MissingFeature {
+    /// It is the vendor that differs.
+    pub fn is_vendor(&self) -> bool {
+        self.leaf == 0
+    }
+
+    /// The names of the features, or `bit N`; of a number what it is.
+    pub fn names(&self) -> Vec<String> {
+        let Self {
+            leaf,
+            subleaf,
+            register,
+            bits,
+        } = *self;
+        match rule(leaf, subleaf, register) {
+            Rule::Features(_) => (0..u32::BITS)
+                .filter(|number| bits & bit(*number) != 0)
+                .map(|number| {
+                    let place = Place {
+                        leaf,
+                        subleaf,
+                        register,
+                        bit: number,
+                    };
+                    features::name_of(place).map_or_else(|| format!("bit {number}"), str::to_owned)
+                })
+                .collect(),
+            Rule::Equal(what) | Rule::AtLeast(_, what) => vec![what.to_owned()],
+            Rule::Ignored => vec!["CPU property".to_owned()],
+        }
+    }
+}
+
 impl fmt::Display for MissingFeature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -73,27 +106,10 @@ impl fmt::Display for MissingFeature {
             register,
             bits,
         } = *self;
-        match rule(leaf, subleaf, register) {
-            Rule::Features(_) => {
-                f.write_str("CPU feature ")?;
-                let mut separator = "";
-                for number in (0..u32::BITS).filter(|number| bits & bit(*number) != 0) {
-                    let place = Place {
-                        leaf,
-                        subleaf,
-                        register,
-                        bit: number,
-                    };
-                    match features::name_of(place) {
-                        Some(name) => write!(f, "{separator}{name}")?,
-                        None => write!(f, "{separator}bit {number}")?,
-                    }
-                    separator = ", ";
-                }
-            }
-            Rule::Equal(what) | Rule::AtLeast(_, what) => f.write_str(what)?,
-            Rule::Ignored => f.write_str("CPU property")?,
+        if feature_bits(leaf, subleaf, register) != 0 {
+            f.write_str("CPU feature ")?;
         }
+        f.write_str(&self.names().join(", "))?;
         write!(
             f,
             " (leaf {leaf:#x}, subleaf {subleaf}, {register} bits {bits:#010x})"
@@ -154,6 +170,14 @@ fn rule(leaf: u32, subleaf: u32, register: Register) -> Rule {
     }
 }
 
+/// The bits of a register that stand for abilities, each for one.
+pub fn feature_bits(leaf: u32, subleaf: u32, register: Register) -> u32 {
+    match rule(leaf, subleaf, register) {
+        Rule::Features(mask) => mask,
+        Rule::Equal(_) | Rule::AtLeast(..) | Rule::Ignored => 0,
+    }
+}
+
 /// Leaves and subleaves that [`rule`] knows, beside those of 0xd from 2 on.
 const COMPARED: [(u32, u32); 22] = [
     (0, 0),
@@ -192,6 +216,10 @@ pub fn missing_features(guest: &Cpuid, host: &Cpuid) -> Vec<MissingFeature> {
         };
         let none = CpuidEntry::default();
         let given = host.get(leaf, subleaf).unwrap_or(&none);
+        // That the component lacks is said by its bit in XCR0 or IA32_XSS.
+        if leaf == 0xd && subleaf >= 2 && given.eax == 0 {
+            continue;
+        }
         for register in Register::ALL {
             let (wanted, given) = (register.of(wanted), register.of(given));
             let bits = lacking(rule(leaf, subleaf, register), wanted, given);
@@ -228,5 +256,59 @@ fn lacking(rule: Rule, wanted: u32, given: u32) -> u32 {
             (wanted ^ given) & u32::from_le_bytes(bytes) & mask
         }
         Rule::Ignored => 0,
+    }
+}
+
+/// What a vCPU shows otherwise than it was told to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Differences {
+    /// Features that it was told to show and does not, and numbers that are others.
+    pub lacking: Vec<MissingFeature>,
+    /// Features that it shows and was not told to: some hypervisors cannot hide what the processor has.
+    pub excess: Vec<MissingFeature>,
+}
+
+/// Compares what a vCPU shows with what it was told to, in the order of `wanted`. Bits that follow what the guest does are not looked at.
+pub fn differences(wanted: &Cpuid, shown: &Cpuid) -> Differences {
+    let none = CpuidEntry::default();
+    let mut differences = Differences::default();
+    for entry in &wanted.entries {
+        let (leaf, subleaf) = (entry.leaf, entry.subleaf.unwrap_or(0));
+        let given = shown.get(leaf, subleaf).unwrap_or(&none);
+        for register in Register::ALL {
+            let fixed = !follows(leaf, subleaf, register);
+            let (wanted, given) = (register.of(entry) & fixed, register.of(given) & fixed);
+            let (lacking, excess) = match rule(leaf, subleaf, register) {
+                Rule::Features(_) => (wanted & !given, given & !wanted),
+                _ => (wanted ^ given, 0),
+            };
+            for (bits, list) in [
+                (lacking, &mut differences.lacking),
+                (excess, &mut differences.excess),
+            ] {
+                if bits != 0 {
+                    list.push(MissingFeature {
+                        leaf,
+                        subleaf,
+                        register,
+                        bits,
+                    });
+                }
+            }
+        }
+    }
+    differences
+}
+
+/// Bits that the hypervisor changes by what the guest does: OSXSAVE and OSPKE follow CR4, the APIC bit follows the APIC's base, MONITOR follows
+/// IA32_MISC_ENABLE, the size of the XSAVE area follows XCR0 and IA32_XSS.
+fn follows(leaf: u32, subleaf: u32, register: Register) -> u32 {
+    match (leaf, subleaf, register) {
+        (1, _, Register::Ecx) => bit(3) | bit(27),
+        (1, _, Register::Edx) => bit(9),
+        (7, 0, Register::Ecx) => bit(4),
+        (0xd, 0 | 1, Register::Ebx) => u32::MAX,
+        (0x8000_0001, _, Register::Edx) => bit(9),
+        _ => 0,
     }
 }

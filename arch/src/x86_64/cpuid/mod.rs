@@ -1,10 +1,10 @@
 //! What CPUID shows a guest, as plain data, and what is done to it on the way from host to vCPU.
 //!
 //! ```text
-//!   Hypervisor::supported_cpuid ──► of_model ──► the machine's CPUID ──► for_vcpu(topology, id) ──► vCPU
+//!   Hypervisor::supported_cpuid ──► model ──► the machine's CPUID ──► for_vcpu(topology, id) ──► vCPU
 //!                                                      │                 (ids, cache sharing, counts)
 //!                                                      ▼ travels in the manifest
-//!   destination: missing_features(guest, of_model(its own host)) is empty, or the move is refused by name
+//!   destination: missing_features(guest, its own host) is empty, or the move is refused by name
 //! ```
 //!
 //! What it promises:
@@ -17,15 +17,19 @@
 
 mod compare;
 pub mod features;
-mod model;
+mod interface;
 mod policy;
+mod states;
 mod vcpu;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::compare::{MissingFeature, Register, missing_features};
-pub use self::model::{CpuModel, can_be_portable, has_hyperv, of_model};
+pub use self::compare::{
+    Differences, MissingFeature, Register, differences, feature_bits, missing_features,
+};
+pub use self::interface::{Interface, can_be_portable, has_hyperv, of_interface};
 pub use self::policy::policy;
+pub use self::states::trim_states;
 pub use self::vcpu::for_vcpu;
 
 /// One answer of the CPUID instruction.
@@ -88,6 +92,33 @@ impl Cpuid {
         match self.get(0, 0).map(|e| (e.ebx, e.edx, e.ecx)) {
             Some(AUTHENTIC_AMD | HYGON_GENUINE) => Vendor::Amd,
             _ => Vendor::Intel,
+        }
+    }
+
+    /// The vendor's 12 characters (leaf 0, EBX, EDX, ECX).
+    pub fn vendor_id(&self) -> String {
+        let leaf = self.get(0, 0).copied().unwrap_or_default();
+        let bytes: Vec<u8> = [leaf.ebx, leaf.edx, leaf.ecx]
+            .into_iter()
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Sets it, with AMD's copy in leaf 0x8000_0000. What is missing of 12 characters is zero.
+    pub fn set_vendor_id(&mut self, id: &str) {
+        let mut bytes = [0; 12];
+        for (to, byte) in bytes.iter_mut().zip(id.bytes()) {
+            *to = byte;
+        }
+        let word = |at: usize| {
+            let word = bytes.get(at..at + 4).and_then(|word| word.try_into().ok());
+            u32::from_le_bytes(word.unwrap_or_default())
+        };
+        for leaf in [0, 0x8000_0000] {
+            if let Some(entry) = self.get_mut(leaf, 0) {
+                (entry.ebx, entry.edx, entry.ecx) = (word(0), word(4), word(8));
+            }
         }
     }
 

@@ -14,6 +14,7 @@ mod nested;
 pub(crate) mod registers;
 mod xsave;
 
+use arch::x86_64::cpu_model::frequencies_agree;
 use arch::x86_64::state::{Activity, Bytes, Lapic, StateElement, VcpuState};
 use kvm_bindings::{
     KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
@@ -24,8 +25,7 @@ use super::call;
 use super::vcpu::KvmVcpu;
 use crate::state_walk::{Codec, Stateful, refused};
 pub(crate) use crate::state_walk::{restore, save};
-use crate::tsc::frequencies_agree;
-use crate::{Error, Result};
+use crate::{Error, Result, Vcpu};
 
 impl Stateful for KvmVcpu {
     fn id(&self) -> u32 {
@@ -50,8 +50,7 @@ impl Stateful for KvmVcpu {
 }
 
 fn save_tsc_frequency(vcpu: &KvmVcpu, state: &mut VcpuState) -> Result<()> {
-    // KVM has no answer on a host with an unstable TSC; the guest was told no frequency then.
-    state.tsc_khz = vcpu.fd.get_tsc_khz().ok().filter(|&khz| khz != 0);
+    state.tsc_khz = vcpu.tsc_khz();
     Ok(())
 }
 

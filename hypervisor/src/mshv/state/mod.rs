@@ -10,16 +10,15 @@ mod lapic;
 pub(crate) mod msrs;
 pub(crate) mod xsave;
 
+use arch::x86_64::cpu_model::frequencies_agree;
 use arch::x86_64::state::{NestedState, StateElement, VcpuState, Xcr};
 use mshv_bindings::hv_register_name_HV_X64_REGISTER_XFEM as XFEM;
 
 use super::registers::{self, Register};
-use super::time;
 use super::vcpu::MshvVcpu;
-use crate::Result;
 use crate::state_walk::{Codec, Stateful, refused};
 pub(crate) use crate::state_walk::{restore, save};
-use crate::tsc::frequencies_agree;
+use crate::{Result, Vcpu};
 
 impl Stateful for MshvVcpu {
     fn id(&self) -> u32 {
@@ -44,12 +43,12 @@ impl Stateful for MshvVcpu {
 }
 
 fn save_tsc_frequency(vcpu: &MshvVcpu, state: &mut VcpuState) -> Result<()> {
-    state.tsc_khz = time::tsc_khz(&vcpu.vm.fd);
+    state.tsc_khz = vcpu.tsc_khz();
     Ok(())
 }
 
 fn restore_tsc_frequency(vcpu: &MshvVcpu, state: &VcpuState) -> Result<()> {
-    let (Some(saved), Some(here)) = (state.tsc_khz, time::tsc_khz(&vcpu.vm.fd)) else {
+    let (Some(saved), Some(here)) = (state.tsc_khz, vcpu.tsc_khz()) else {
         return Ok(());
     };
     if frequencies_agree(saved, here) {

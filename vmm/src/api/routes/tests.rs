@@ -257,6 +257,53 @@ fn info_and_counters_are_json() {
     assert_eq!(fault["kind"], "internal");
 }
 
+/// A host that has these bits in leaf 1 ECX.
+fn cpu_dump(ecx: &str) -> Value {
+    json!({
+        "format": "vmm-cpu-dump", "version": 1, "name": "made up",
+        "cpuid": [
+            {"leaf": "0x0", "eax": "0x1", "ebx": "0x756e6547", "ecx": "0x6c65746e", "edx": "0x49656e69"},
+            {"leaf": "0x1", "eax": "0x306f2", "ebx": "0x0", "ecx": ecx, "edx": "0x7800001"},
+        ],
+    })
+}
+
+#[test]
+fn hosts_are_compared_and_baselines_made() {
+    let fixture = Fixture::new(Box::new(|_, _| {
+        let dump = serde_json::from_value(cpu_dump("0x1")).expect("a dump");
+        Ok(Response::CpuDump(Box::new(dump)))
+    }));
+    let host = fixture.expect(200, "GET", "cpu", "");
+    assert_eq!(host["format"], "vmm-cpu-dump");
+    // SSE3 against SSE3 and SSSE3.
+    let pair = json!({"a": host, "b": cpu_dump("0x201")}).to_string();
+    let comparison = fixture.expect(200, "POST", "cpu/compare", &pair);
+    assert_eq!(comparison["relation"], "subset");
+    assert_eq!(comparison["only_b"][0]["cpuid"]["names"], json!(["ssse3"]));
+    let hosts = json!({"hosts": [cpu_dump("0x201"), cpu_dump("0x1")]}).to_string();
+    let model = fixture.expect(200, "POST", "cpu/baseline", &hosts);
+    assert_eq!(model["features"]["pni"], json!(true));
+    assert_eq!(model["features"]["ssse3"], Value::Null);
+    for (endpoint, body, part) in [
+        ("cpu/compare", "{}", "missing field `a`"),
+        ("cpu/baseline", r#"{"hosts": []}"#, "at least one host"),
+        (
+            "cpu/baseline",
+            r#"{"hosts": [{"format": "vmm-cpu-dump", "version": 9, "name": "", "cpuid": []}]}"#,
+            "version 9",
+        ),
+    ] {
+        let refusal = fixture.expect(400, "POST", endpoint, body);
+        assert!(
+            refusal["message"]
+                .as_str()
+                .is_some_and(|m| m.contains(part)),
+            "{refusal}"
+        );
+    }
+}
+
 #[test]
 fn refusals_have_the_status_of_their_kind() {
     let kinds = [

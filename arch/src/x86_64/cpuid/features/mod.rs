@@ -145,6 +145,16 @@ pub fn at(leaf: u32, subleaf: u32, register: Register, bit: u32) -> Option<&'sta
     all().find(|feature| feature.at == place)
 }
 
+/// The bits of a register that have a name.
+pub fn named_bits(leaf: u32, subleaf: u32, register: Register) -> u32 {
+    all()
+        .filter(|feature| {
+            let at = feature.at;
+            (at.leaf, at.subleaf, at.register) == (leaf, subleaf, register)
+        })
+        .fold(0, |bits, feature| bits | bit(feature.at.bit))
+}
+
 /// The name of a bit: a feature's, also of AMD's copy ([`AMD_DUPLICATES`]), or that of the XSAVE component it stands for.
 pub fn name_of(place: Place) -> Option<&'static str> {
     let original = match (place.leaf, place.register) {

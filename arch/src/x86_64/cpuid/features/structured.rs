@@ -100,7 +100,7 @@ const LEAF_7_EDX: &[Feature] = bits! { 0x7, 0, Edx:
     20 "ibt" also "cet_ibt" needs "xsaves";
     22 "amx_bf16" needs "amx_tile";
     23 "avx512_fp16" needs "avx512bw";
-    24 "amx_tile" needs "xfd", "lm";
+    24 "amx_tile" also "amx" needs "xfd", "lm";
     25 "amx_int8" needs "amx_tile";
     26 "spec_ctrl" also "ibrs_ibpb", "ibrsb";
     27 "stibp" also "intel_stibp";

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use super::*;
-use crate::x86_64::cpuid::{CpuModel, CpuidEntry, Register, of_model, policy};
+use crate::x86_64::cpuid::{CpuidEntry, Interface, Register, of_interface, policy};
 
 fn named(name: &str) -> &'static Feature {
     all()
@@ -249,7 +249,7 @@ fn hypervisors_are_not_mistaken_for_one_another() {
     let clock = named("kvmclock");
     let kvm = cpuid(&[(0x4000_0000, None, KVM), (0x4000_0001, None, [1, 0, 0, 0])]);
     assert_eq!(of(&kvm), [clock]);
-    let mut both = of_model(&kvm, CpuModel::Portable);
+    let mut both = of_interface(&kvm, Interface::Hyperv);
     assert!(!has(&both, clock), "\"Hv#1\" is no list of KVM's features");
     assert!(has(&both, named("hv_reference_tsc")));
     assert!(!set(&mut both, clock, true));
