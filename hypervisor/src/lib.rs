@@ -28,6 +28,8 @@ mod signal;
 mod state_walk;
 mod xsave;
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 pub use api::*;
 pub use error::{Error, Result};
 
@@ -48,5 +50,13 @@ pub fn open_default() -> Result<Box<dyn Hypervisor>> {
         HypervisorKind::Mshv
     } else {
         HypervisorKind::Kvm
+    })
+}
+
+/// CLOCK_REALTIME in nanoseconds since 1970, which [`arch::x86_64::state::MachineClock`] is paired with.
+pub fn realtime_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| {
+        u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
     })
 }

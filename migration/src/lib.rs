@@ -30,6 +30,7 @@
 //!   drivers only carry out what those say.
 
 mod channel;
+mod clocks;
 mod connect;
 mod control;
 pub mod destination;

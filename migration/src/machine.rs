@@ -28,6 +28,9 @@ pub struct Manifest {
     pub memory: Vec<RamRange>,
     /// What the guest was told about its processor.
     pub cpu: CpuContract,
+    /// When this was sent, by the source's CLOCK_REALTIME in nanoseconds since 1970.
+    #[serde(default)]
+    pub sent_ns: Option<u64>,
 }
 
 /// Everything but memory.

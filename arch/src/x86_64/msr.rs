@@ -86,6 +86,18 @@ pub fn apply(state: &mut VcpuState, msrs: &[Msr]) {
     }
 }
 
+/// Lets a saved vCPU's TSC go on by the time that has passed since it was saved. Without a known frequency it stays.
+pub fn advance_tsc(state: &mut VcpuState, khz: Option<u32>, passed_ns: u64) {
+    let Some(khz) = khz else {
+        return;
+    };
+    let ticks = u128::from(passed_ns) * u128::from(khz) / 1_000_000;
+    let ticks = u64::try_from(ticks).unwrap_or(u64::MAX);
+    if let Some(tsc) = find(state, IA32_TSC) {
+        tsc.value = tsc.value.wrapping_add(ticks);
+    }
+}
+
 fn find(state: &mut VcpuState, index: u32) -> Option<&mut Msr> {
     state.msrs.iter_mut().find(|msr| msr.index == index)
 }
@@ -137,6 +149,26 @@ mod tests {
         );
         apply_boot_values(&mut state);
         assert_eq!(state.msrs.len(), 3, "a second time changes nothing");
+    }
+
+    #[test]
+    fn a_tsc_goes_on_by_the_time_that_has_passed() {
+        let tsc = |value| VcpuState {
+            msrs: vec![Msr {
+                index: IA32_TSC,
+                value,
+            }],
+            ..VcpuState::default()
+        };
+        let mut state = tsc(5);
+        advance_tsc(&mut state, Some(2_500_000), 4);
+        assert_eq!(state, tsc(15));
+        advance_tsc(&mut state, None, 4);
+        assert_eq!(state, tsc(15));
+        advance_tsc(&mut state, Some(u32::MAX), u64::MAX);
+        let mut without = VcpuState::default();
+        advance_tsc(&mut without, Some(1), 1);
+        assert_eq!(without, VcpuState::default());
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use arch::x86_64::layout;
 use arch::x86_64::state::MachineClock;
@@ -323,7 +322,7 @@ impl Vm for KvmVm {
     }
 
     fn set_clock(&self, clock: &MachineClock) -> Result<()> {
-        let data = clock_to_kvm(clock, self.shared.host.clock_realtime, realtime_ns());
+        let data = clock_to_kvm(clock, self.shared.host.clock_realtime, crate::realtime_ns());
         self.shared
             .fd
             .set_clock(&data)
@@ -402,15 +401,6 @@ impl KvmVm {
         }
         .map_err(call("KVM_IOEVENTFD"))
     }
-}
-
-/// CLOCK_REALTIME in nanoseconds.
-fn realtime_ns() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| {
-            u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-        })
 }
 
 /// The neutral clock of KVM's.

@@ -9,7 +9,6 @@
 //! were; and the reference time may be set.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use arch::x86_64::state::MachineClock;
 use mshv_bindings::{
@@ -69,15 +68,18 @@ pub(crate) fn clock(fd: &VmFd) -> Result<MachineClock> {
         .map_err(call("HV_PARTITION_PROPERTY_REFERENCE_TIME"))?;
     Ok(MachineClock {
         guest_ns: units.saturating_mul(UNIT_NS),
-        host_realtime_ns: Some(realtime_ns()),
+        host_realtime_ns: Some(crate::realtime_ns()),
         host_tsc: None,
     })
 }
 
 /// See [`crate::Vm::set_clock`]. The partition's time is frozen.
 pub(crate) fn set_clock(fd: &VmFd, clock: &MachineClock) -> Result<()> {
-    fd.set_partition_property(REFERENCE_TIME, advanced(clock, realtime_ns()) / UNIT_NS)
-        .map_err(call("HV_PARTITION_PROPERTY_REFERENCE_TIME"))
+    fd.set_partition_property(
+        REFERENCE_TIME,
+        advanced(clock, crate::realtime_ns()) / UNIT_NS,
+    )
+    .map_err(call("HV_PARTITION_PROPERTY_REFERENCE_TIME"))
 }
 
 /// The guest's time now, in nanoseconds.
@@ -92,14 +94,6 @@ fn advanced(clock: &MachineClock, now_ns: u64) -> u64 {
 pub(crate) fn tsc_khz(fd: &VmFd) -> Option<u32> {
     let hz = fd.get_partition_property(PROCESSOR_CLOCK_FREQUENCY).ok()?;
     u32::try_from(hz / 1000).ok().filter(|&khz| khz != 0)
-}
-
-fn realtime_ns() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| {
-            u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
-        })
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use super::engine::{Action, End, Engine, Event, Failure};
 use super::inflow::{Arrivals, Inflow, Report};
 use super::pages;
 use crate::channel::{Channel, Limit, Patience, Stop, poll};
+use crate::clocks::{PeerClock, realtime_ns};
 use crate::control::{Wake, milliseconds};
 use crate::lobby::{Lobby, Wanted};
 use crate::protocol::batch::Attach;
@@ -61,6 +62,7 @@ pub fn receive(
         farewell: None,
         ram: None,
         state: None,
+        source_clock: PeerClock::default(),
         rounds: 0,
         bytes_received: 0,
         cause: None,
@@ -137,6 +139,7 @@ struct Driver<'a> {
     farewell: Option<Channel>,
     ram: Option<Arc<GuestRam>>,
     state: Option<MachineState>,
+    source_clock: PeerClock,
     rounds: u32,
     bytes_received: u64,
     /// Why the move fails: the first reason.
@@ -243,6 +246,7 @@ impl Driver<'_> {
             Message::Manifest(manifest) => manifest,
             other => return Err(unexpected(&other, "manifest")),
         };
+        self.source_clock.heard(manifest.sent_ns, realtime_ns());
         let ram = self
             .machine
             .reserve(&manifest)
@@ -529,7 +533,12 @@ impl Driver<'_> {
         if state.last_round < self.rounds.max(1) {
             return Err(mismatch("last round", state.last_round, self.rounds.max(1)));
         }
-        self.state = Some(state.machine);
+        self.source_clock.heard(state.sent_ns, realtime_ns());
+        let mut machine = state.machine;
+        if let Some(saved_ns) = &mut machine.clock.host_realtime_ns {
+            *saved_ns = self.source_clock.here(*saved_ns);
+        }
+        self.state = Some(machine);
         Ok(state.last_round)
     }
 

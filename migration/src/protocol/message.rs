@@ -171,6 +171,9 @@ pub struct State {
     pub last_round: u32,
     /// The state.
     pub machine: MachineState,
+    /// When this was sent, by the source's CLOCK_REALTIME in nanoseconds since 1970.
+    #[serde(default)]
+    pub sent_ns: Option<u64>,
 }
 
 /// Body of [`Message::Abort`].
@@ -291,6 +294,7 @@ mod tests {
                     }],
                     ..MachineState::default()
                 },
+                sent_ns: Some(7),
             })),
             Message::Ready,
             Message::Commit,

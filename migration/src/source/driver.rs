@@ -13,6 +13,7 @@ use super::link::{
 };
 use super::round::{Pages, Round, Totals};
 use crate::channel::{Channel, Limit, Patience, Stop};
+use crate::clocks::realtime_ns;
 use crate::connect::{connect, open};
 use crate::control::{Wake, milliseconds};
 use crate::protocol::batch::Attach;
@@ -244,10 +245,11 @@ impl Driver<'_> {
 
     fn reserve(&mut self) -> Result<(), Trouble> {
         const DOING: &str = "waiting for the destination to build the machine";
-        let manifest = self
+        let mut manifest = self
             .machine
             .manifest()
             .map_err(Trouble::machine("describing the machine"))?;
+        manifest.sent_ns = Some(realtime_ns());
         let message = Message::Manifest(Box::new(manifest));
         let patience = self.patience(Limit::within(self.options.reserve_timeout), DOING);
         let link = self.link()?;
@@ -367,6 +369,7 @@ impl Driver<'_> {
         let message = Message::State(Box::new(State {
             last_round,
             machine,
+            sent_ns: Some(realtime_ns()),
         }));
         let patience = self.patience(
             Limit::Idle(self.options.peer_timeout),

@@ -266,6 +266,7 @@ fn a_source_that_breaks_the_order_or_vanishes() {
         encoded(&Message::State(Box::new(State {
             last_round,
             machine: state(),
+            sent_ns: None,
         })))
     };
     let (first, zeroth) = (state_of(1), state_of(0));

@@ -203,7 +203,7 @@ mod tests {
         let message = select(&["units".into()]).unwrap_err();
         assert!(
             message.contains("`units`")
-                && message.contains("static, unit, emulator, backend, native, lab"),
+                && message.contains("static, unit, cpu, emulator, backend, native, lab"),
             "{message}"
         );
     }

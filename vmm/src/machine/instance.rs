@@ -453,6 +453,7 @@ impl Instance {
                 .map(|region| region.range())
                 .collect(),
             cpu: self.contract.clone(),
+            sent_ns: None,
         })
     }
 
@@ -480,7 +481,16 @@ impl Instance {
 
     /// Restores everything but RAM. The machine is paused; on failure it must not be run.
     pub(super) fn restore(&self, state: &MachineState) -> Result<(), BuildError> {
-        self.vcpus.restore(&state.vcpus)?;
+        // The clock goes on by the time since it was saved, and the TSC with it.
+        let stood_ns = state
+            .clock
+            .host_realtime_ns
+            .map_or(0, |then| hypervisor::realtime_ns().saturating_sub(then));
+        let mut vcpus = state.vcpus.clone();
+        for vcpu in &mut vcpus {
+            msr::advance_tsc(vcpu, self.contract.tsc_khz, stood_ns);
+        }
+        self.vcpus.restore(&vcpus)?;
         self.devices.restore(state.devices.iter().map(|device| {
             (
                 device.id.as_str(),

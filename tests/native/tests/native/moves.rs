@@ -1,12 +1,13 @@
 //! Guests move live and find every write of theirs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use native::back_end::Hosts;
 use native::console::Console;
 use native::process::{Folder, Vmm};
+use native::relay::{Point, Relay, kind};
 use serde_json::{Value, json};
 
 use crate::boot::{LIMIT, memory_guest};
@@ -53,6 +54,14 @@ pub(crate) fn trials() -> Vec<Trial> {
         "moves::registers_clocks_and_timers",
         registers,
     ));
+    for (name, model) in [
+        ("moves::time_goes_on_while_a_guest_stands_still", None),
+        ("moves::time_goes_on_by_the_tsc", Some("bare")),
+    ] {
+        trials.extend(guest_trials(&Hosts::ALL, name, move |folder| {
+            stands_still(folder, model)
+        }));
+    }
     trials.extend(guest_trials(&Hosts::ALL, "moves::many_in_a_row", chain));
     trials.extend(guest_trials(
         &Hosts::UNLIKE,
@@ -289,6 +298,60 @@ fn registers(folder: &Folder) -> Result<()> {
         from.api().put("vm.delete", &Value::Null)?;
         std::mem::swap(&mut from, &mut to);
     }
+    Ok(())
+}
+
+/// How far the guest's clock is behind this process's: the least of some lines, since a line comes late but never early.
+fn behind(console: &mut Console, since: Instant) -> Result<Duration> {
+    let mut least = Duration::MAX;
+    for _ in 0..3 {
+        let guest = Duration::from_millis(field(&console.line("cpu: report", LIMIT)?, "t_ms")?);
+        least = least.min(since.elapsed().saturating_sub(guest));
+    }
+    Ok(least)
+}
+
+/// The guest's clock, KVM's or the TSC, goes on by the time that the guest stood still, and by no more.
+fn stands_still(folder: &Folder, model: Option<&str>) -> Result<()> {
+    const STANDS: Duration = Duration::from_secs(2);
+    let since = Instant::now();
+    let kernel = folder.write("cpu.elf", guests::CPU)?;
+    let source = Vmm::serve(folder, "source")?;
+    let destination = Vmm::serve(folder, "destination")?;
+    let mut config = json!({
+        "payload": {"kernel": kernel, "cmdline": ""},
+        "cpus": {"boot_vcpus": 2, "max_vcpus": 2},
+        "memory": {"size": 128 << 20},
+    });
+    if let Some(model) = model {
+        config["cpus"]["model"] = json!(model);
+    }
+    source.boot(config)?;
+    let before = behind(&mut source.console()?, since)?;
+    let (arriving, url) = destination.receive("tcp:127.0.0.1:0")?;
+    let relay = Relay::start(&url, Point::Message(kind::STATE))?;
+    let leaving = source.api().start(
+        "vm.send-migration",
+        &json!({"destination_url": relay.url(), "downtime_ms": 60_000}),
+    )?;
+    relay.wait_held(LIMIT)?;
+    std::thread::sleep(STANDS);
+    relay.release();
+    let job = source.api().wait_job(leaving, LIMIT)?;
+    ensure!(job["status"] == "succeeded", "the move failed: {job}");
+    destination.api().wait_job(arriving, LIMIT)?;
+    let mut console = destination.console()?;
+    let after = behind(&mut console, since)?;
+    let (lost, gained) = (after.saturating_sub(before), before.saturating_sub(after));
+    ensure!(
+        lost < STANDS / 4 && gained < STANDS / 4,
+        "the guest's clock was {before:?} behind before it stood still for {STANDS:?}, and is {after:?} behind now"
+    );
+    let verdict = console.verdict()?;
+    ensure!(
+        verdict.contains("errors=0") && verdict.ends_with("ok"),
+        "{verdict}"
+    );
     Ok(())
 }
 
