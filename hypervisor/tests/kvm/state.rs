@@ -1,6 +1,6 @@
 //! What a state holds on KVM alone.
 
-use arch::x86_64::state::PendingException;
+use arch::x86_64::state::{Msr, PendingException};
 use backend::guest::Guest;
 
 use crate::kvm;
@@ -51,4 +51,26 @@ fn the_clocks_registers_travel() {
     let mut second = Guest::new(&*kvm).expect("a guest");
     second.vcpu.restore_state(&state).expect("restore");
     assert_eq!(value(&second), Some(0x7001));
+}
+
+/// KVM takes fewer than 256 registers a call. Some hosts list more.
+#[test]
+fn any_number_of_registers_travels() {
+    let Some(kvm) = kvm() else { return };
+    let mut guest = Guest::new(&*kvm).expect("a guest");
+    let mut state = guest.vcpu.save_state().expect("save");
+    // LSTAR, over and over.
+    for count in [255, 256, 257, 600] {
+        state.msrs = vec![
+            Msr {
+                index: 0xc000_0082,
+                value: count,
+            };
+            count as usize
+        ];
+        guest.vcpu.restore_state(&state).expect("restore");
+        let saved = guest.vcpu.save_state().expect("save");
+        let lstar = saved.msrs.iter().find(|msr| msr.index == 0xc000_0082);
+        assert_eq!(lstar.map(|msr| msr.value), Some(count));
+    }
 }

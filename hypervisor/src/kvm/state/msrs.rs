@@ -21,7 +21,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::x86_64::state::{Msr, StateElement, VcpuState};
-use kvm_bindings::{KVM_MAX_MSR_ENTRIES, Msrs, kvm_msr_entry};
+use kvm_bindings::{Msrs, kvm_msr_entry};
 use kvm_ioctls::VcpuFd;
 
 use super::refused;
@@ -33,6 +33,8 @@ use crate::{Error, Result};
 /// Writing these makes KVM write the time to guest memory, at an address that the guest may use otherwise by now. A
 /// guest writes them anew before each reading (Documentation/virt/kvm/x86/msr.rst).
 const KVM_WALL_CLOCK: [u32; 2] = [0x11, 0x4b56_4d00];
+/// Most registers of one call: KVM refuses its own maximum (Linux `arch/x86/kvm/x86.c`, `MAX_IO_MSRS`, is 256, and so many are too many).
+const ONE_CALL: usize = 255;
 /// A time-stamp far from any other.
 const FAR_AWAY: u64 = 1 << 60;
 
@@ -102,7 +104,7 @@ fn read(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<Msr>> {
     let mut values = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {
-        let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let batch = &rest[..rest.len().min(ONE_CALL)];
         let entries: Vec<_> = batch
             .iter()
             .map(|&index| kvm_msr_entry {
@@ -142,7 +144,7 @@ pub(super) fn restore(vcpu: &KvmVcpu, state: &VcpuState) -> Result<()> {
     }
     let mut rest = &ordered[..];
     while !rest.is_empty() {
-        let batch = &rest[..rest.len().min(KVM_MAX_MSR_ENTRIES)];
+        let batch = &rest[..rest.len().min(ONE_CALL)];
         let entries: Vec<_> = batch
             .iter()
             .map(|msr| kvm_msr_entry {
