@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use arch::x86_64::cpu_model::{
-    Comparison, CpuDump, CpuModel, Lack, Relation, Unavailable, baseline, compare, feature_names,
+    Comparison, CpuContract, CpuDump, CpuModel, HostOffer, Lack, Relation, Unavailable, baseline,
+    compare, feature_names,
 };
 use arch::x86_64::cpuid::{Interface, Vendor, missing_features, of_interface};
 use cpu::{dump, names};
@@ -341,4 +342,56 @@ fn a_dump_survives_being_written() {
             read
         );
     }
+}
+
+/// Prints how long the work with models takes.
+#[test]
+#[ignore = "a measurement: cargo test --release -p cpu -- --ignored --nocapture speed"]
+fn speed() {
+    let host = dump("amd-epyc-genoa").expect("a dump");
+    let spec = baseline(
+        "both",
+        &[host.clone(), dump("amd-epyc-milan").expect("a dump")],
+        false,
+    )
+    .expect("one vendor");
+    let json = serde_json::to_vec(&spec).expect("JSON");
+    let guest = CpuModel::host().apply(&host.cpuid).expect("a guest");
+    let contract = CpuContract {
+        cpuid: guest.clone(),
+        ..CpuContract::default()
+    };
+    let offer = HostOffer {
+        cpuid: of_interface(&host.cpuid, Interface::Host),
+        same_hypervisor: true,
+        ..HostOffer::default()
+    };
+    let model = CpuModel::builtin("EPYC-Genoa").expect("a model");
+    let time = |what: &str, work: &dyn Fn()| {
+        let mut microseconds: Vec<u128> = (0..101)
+            .map(|_| {
+                let start = std::time::Instant::now();
+                work();
+                start.elapsed().as_micros()
+            })
+            .collect();
+        microseconds.sort_unstable();
+        println!("{what}: {} us (median of 101)", microseconds[50]);
+    };
+    time("load a built-in model", &|| {
+        assert!(CpuModel::builtin("EPYC-Turin").is_ok());
+    });
+    time("load a model's file", &|| {
+        let spec = serde_json::from_slice(&json).expect("a spec");
+        assert!(CpuModel::from_spec(&spec).is_ok());
+    });
+    time("apply the model `host`", &|| {
+        assert!(CpuModel::host().apply(&host.cpuid).is_ok());
+    });
+    time("apply a built-in model", &|| {
+        assert!(model.apply(&host.cpuid).is_ok());
+    });
+    time("check a contract at a move", &|| {
+        assert_eq!(contract.refusals(&offer), Vec::<String>::new());
+    });
 }
