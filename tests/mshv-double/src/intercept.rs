@@ -10,6 +10,8 @@
 //! What completion did to registers, pending events or RAM is undone or overwritten: registers by us, RAM by the client,
 //! who emulates the same instruction with the right data.
 
+use std::sync::atomic::Ordering;
+
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, kvm_lapic_state, kvm_regs, kvm_sregs,
     kvm_vcpu_events,
@@ -28,6 +30,9 @@ use crate::vp::Vp;
 
 /// More pieces than any single instruction has (REP INS is read ahead by up to a page of bytes).
 const MOST_PIECES: usize = 8192;
+
+/// How often a load that KVM takes for one from a device, though memory is mapped there, starts again before it is reported.
+const MOST_STALE_LOADS: u32 = 1000;
 
 /// RFLAGS.IF.
 const INTERRUPT_FLAG: u64 = 1 << 9;
@@ -105,7 +110,7 @@ impl Partition {
             } => self.port(vp, &memory, out, size, port, &data).map(Some),
             Exit::Mmio {
                 write: false, gpa, ..
-            } => self.load(vp, &memory, gpa).map(Some),
+            } => self.load(vp, &memory, gpa),
             Exit::Mmio {
                 write: true,
                 gpa,
@@ -225,7 +230,7 @@ impl Partition {
         Ok(message)
     }
 
-    fn load(&self, vp: &Vp, memory: &Memory, gpa: u64) -> Answer<hv_message> {
+    fn load(&self, vp: &Vp, memory: &Memory, gpa: u64) -> Answer<Option<hv_message>> {
         let mut saved = Saved::take(&vp.vcpu)?;
         let sregs = saved.sregs;
         let machine = Machine {
@@ -241,12 +246,18 @@ impl Partition {
         let gva = instruction.and_then(|instruction| machine.reaches(&instruction, &regs, gpa));
         // An access by the processor itself (a page table, a descriptor) or a fetch has no operand that gets there.
         let code = machine.message_bytes(regs.rip);
-        let mapped = memory.region(gpa / PAGE).is_some();
+        let stale = memory.region(gpa / PAGE).is_some();
         let message = self
             .scene(vp, &saved, &regs)
-            .memory(mapped, Kind::Read, gpa, gva, &code);
+            .memory(stale, Kind::Read, gpa, gva, &code);
         saved.restore(&vp.vcpu, &regs)?;
-        Ok(message)
+        // All mapped memory can be read. Seen about once in forty runs of the tests, right after a page was mapped: KVM still knew it
+        // for a device's. A processor would read it, so the instruction starts again.
+        if stale && vp.stale_loads.fetch_add(1, Ordering::Relaxed) < MOST_STALE_LOADS {
+            return Ok(None);
+        }
+        vp.stale_loads.store(0, Ordering::Relaxed);
+        Ok(Some(message))
     }
 
     fn store(&self, vp: &Vp, memory: &Memory, gpa: u64, mut data: Vec<u8>) -> Answer<hv_message> {

@@ -13,7 +13,7 @@
 //! any moment of the ioctl makes it return EINTR, as it would in the driver, and nothing is half done.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;
 
@@ -107,6 +107,8 @@ pub(crate) struct Vp {
     /// The driver's `vp_mutex`.
     pub(crate) ioctl: Mutex<()>,
     state: Mutex<VpState>,
+    /// Loads in a row that KVM took for ones from a device though memory is mapped there.
+    pub(crate) stale_loads: AtomicU32,
     /// Signalled when `running` or `visitors` change.
     changed: Condvar,
 }
@@ -138,6 +140,7 @@ impl Vp {
             vcpu,
             ioctl: Mutex::new(()),
             state: Mutex::new(state),
+            stale_loads: AtomicU32::new(0),
             changed: Condvar::new(),
         }
     }
