@@ -37,6 +37,8 @@ pub(crate) fn cannot_have_used(msr: Msr) -> bool {
         0xc001_0015 => msr.value & !(1 << 24) == 0,
         0xc001_1029 => msr.value & !(1 << 1) == 0,
         0xc000_0104 => msr.value == 1 << 32,
+        // OS-visible workarounds: which errata the processor has.
+        0xc001_0140 | 0xc001_0141 => true,
         // KVM polls before it halts a vCPU.
         0x4b56_4d05 => msr.value == 1,
         _ => false,
@@ -107,6 +109,8 @@ fn name(index: u32) -> &'static str {
         0xc000_0104 => "AMD_TSC_RATIO",
         0xc001_0015 => "AMD_HWCR",
         0xc001_011f => "AMD_VIRT_SPEC_CTRL",
+        0xc001_0140 => "OSVW_ID_LENGTH",
+        0xc001_0141 => "OSVW_STATUS",
         0x4000_0000..=0x4000_01ff => "HYPERV",
         0x11 | 0x12 | 0x4b56_4d00..=0x4b56_4d08 => "KVM",
         _ => "a register without a name",

@@ -4,6 +4,7 @@
 
 mod faults;
 mod machine;
+mod msrs;
 mod rescue;
 mod start_cost;
 mod state;

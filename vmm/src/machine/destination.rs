@@ -140,6 +140,7 @@ impl MovingIn {
         let offer = HostOffer {
             cpuid: crate::cpu::offered(&*hypervisor, contract.interface())?,
             feature_msrs: hypervisor.feature_msrs()?,
+            msrs: hypervisor.msr_indices()?,
             tsc_khz: hypervisor.tsc_khz()?,
             tsc_scaling: hypervisor.capabilities().tsc_scaling,
             tsc_may_change: self.tsc_may_change,

@@ -11,7 +11,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::model::CpuModel;
-use super::msrs::{bit_names, feature_msr_name, is_shown, unkept_promises};
+use super::msrs::{bit_names, feature_msr_name, is_shown, not_carried, unkept_promises};
 use crate::x86_64::bounded;
 use crate::x86_64::cpuid::{
     Cpuid, Interface, MissingFeature, feature_bits, features, missing_features,
@@ -45,6 +45,8 @@ pub struct HostOffer {
     pub cpuid: Cpuid,
     /// Its feature registers.
     pub feature_msrs: Vec<Msr>,
+    /// The MSRs that it saves and restores; not looked at if there are none.
+    pub msrs: Vec<u32>,
     /// Frequency of its guests' TSC in kHz, where known.
     pub tsc_khz: Option<u32>,
     /// That can be another one.
@@ -97,6 +99,12 @@ impl CpuContract {
                 )
             })
         }));
+        if !host.msrs.is_empty() {
+            let lost = not_carried(&self.msrs, &self.cpuid, &host.msrs);
+            reasons.extend(lost.into_iter().map(|index| {
+                format!("this host's hypervisor does not carry MSR {index:#x}, which the guest could have used")
+            }));
+        }
         reasons.extend(self.tsc_refusal(host));
         reasons.extend(self.timer_refusal(host));
         reasons
@@ -163,6 +171,7 @@ impl CpuContract {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::x86_64::cpuid::CpuidEntry;
 
     fn host() -> HostOffer {
         HostOffer {
@@ -244,6 +253,35 @@ mod tests {
             ..host()
         };
         assert_eq!(unknown.refusals(&elsewhere).len(), 1);
+    }
+
+    #[test]
+    fn a_register_that_the_guest_could_have_used_must_be_carried() {
+        let leaf = |leaf, ecx, edx| CpuidEntry {
+            leaf,
+            ecx,
+            edx,
+            ..CpuidEntry::default()
+        };
+        // The guest has RDTSCP and no deadline timer.
+        let told = CpuContract {
+            cpuid: Cpuid {
+                entries: vec![leaf(1, 0, 0), leaf(0x8000_0001, 0, 1 << 27)],
+            },
+            msrs: vec![0x10, 0x6e0, 0xc000_0103],
+            ..guest()
+        };
+        let offer = |msrs: &[u32]| HostOffer {
+            cpuid: told.cpuid.clone(),
+            msrs: msrs.to_vec(),
+            ..host()
+        };
+        assert!(told.refusals(&offer(&[0x10, 0xc000_0103])).is_empty());
+        let reasons = told.refusals(&offer(&[0x10]));
+        assert!(
+            reasons.len() == 1 && reasons[0].contains("0xc0000103"),
+            "{reasons:?}"
+        );
     }
 
     #[test]

@@ -105,6 +105,62 @@ pub fn bit_names(index: u32, bits: u64) -> String {
         .join(", ")
 }
 
+/// The features that bring a register, where it comes with any: a guest that has none of them cannot have used it. Nothing is said of a
+/// register that comes with none, or that is not known here.
+fn brought_by(index: u32) -> &'static [&'static str] {
+    match index {
+        0x3b => &["tsc_adjust"],
+        // IA32_SPEC_CTRL.
+        0x48 => &[
+            "spec_ctrl",
+            "stibp",
+            "ssbd",
+            "ibrs",
+            "amd_stibp",
+            "amd_ssbd",
+            "autoibrs",
+        ],
+        // IA32_UMWAIT_CONTROL.
+        0xe1 => &["waitpkg"],
+        ARCH_CAPABILITIES => &["arch_capabilities"],
+        CORE_CAPABILITIES => &["core_capabilities"],
+        // IA32_XFD and IA32_XFD_ERR.
+        0x1c4 | 0x1c5 => &["xfd"],
+        // IA32_U_CET to IA32_INTERRUPT_SSP_TABLE_ADDR.
+        0x6a0..=0x6a8 => &["shstk", "ibt"],
+        // IA32_TSC_DEADLINE.
+        0x6e0 => &["tsc_deadline_timer"],
+        // IA32_PKRS.
+        0x6e1 => &["pks"],
+        // IA32_BNDCFGS.
+        0xd90 => &["mpx"],
+        // IA32_XSS.
+        0xda0 => &["xsaves"],
+        // IA32_TSC_AUX.
+        0xc000_0103 => &["rdtscp", "rdpid"],
+        0xc001_011f => &["virt_ssbd"],
+        0x4b56_4d01 => &["kvmclock2"],
+        0x4b56_4d03 => &["kvm_steal_time"],
+        0x4b56_4d04 => &["kvm_pv_eoi"],
+        0x4b56_4d05 => &["kvm_poll_control"],
+        _ => &[],
+    }
+}
+
+/// Registers that a guest which is shown `cpuid` could have used and that a host does not carry.
+pub(super) fn not_carried(guest: &[u32], cpuid: &Cpuid, host: &[u32]) -> Vec<u32> {
+    let used = |index: u32| {
+        let features = brought_by(index).iter();
+        let mut known = features.filter_map(|name| by_name(name));
+        known.any(|feature| has(cpuid, feature))
+    };
+    guest
+        .iter()
+        .copied()
+        .filter(|index| !host.contains(index) && used(*index))
+        .collect()
+}
+
 impl CpuModel {
     /// The feature registers of a guest that is shown `cpuid` by this model on a host with these, or everything that the host cannot give.
     pub fn apply_msrs(&self, cpuid: &Cpuid, host: &[Msr]) -> Result<Vec<Msr>, Vec<Unavailable>> {

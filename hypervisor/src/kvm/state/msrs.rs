@@ -14,8 +14,8 @@
 //! now as meant to be the same TSC, and gives that vCPU the first one's offset. All vCPUs are saved after all
 //! have stopped, so the first one's value is at or past everything that any vCPU has seen: the guest's TSC is
 //! synchronised again and never goes back. For the very first write of a machine that comparison is with the zero that it was
-//! created with (before Linux 6.7), so another value, far away, is written before. The TSC does not count the time the machine stood still. A guest that had set its TSCs less than
-//! a second apart gets them synchronised.
+//! created with (before Linux 6.7), so another value, far away, is written before. The time that the machine stood still has been added to the values
+//! beforehand (`arch::x86_64::msr::advance_tsc`). A guest that had set its TSCs less than a second apart gets them synchronised.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,9 +38,10 @@ const ONE_CALL: usize = 255;
 /// A time-stamp far from any other.
 const FAR_AWAY: u64 = 1 << 60;
 
-/// Registers that KVM keeps for each vCPU but does not list (SDM vol. 4, chapter 2): IA32_DEBUGCTL, the MTRRs (8 variable
-/// ranges, 11 fixed ones, the default type), and four registers for each of KVM's 32 machine-check banks.
-const UNLISTED: [std::ops::RangeInclusive<u32>; 7] = [
+/// Registers that KVM keeps for each vCPU but does not list (SDM vol. 4, chapter 2; APM vol. 2, appendix A): IA32_DEBUGCTL, the MTRRs (8
+/// variable ranges, 11 fixed ones, the default type), four registers for each of KVM's 32 machine-check banks, TSC_AUX (which it lists only
+/// where its processor has RDTSCP), and AMD's two of OS-visible workarounds.
+const UNLISTED: [std::ops::RangeInclusive<u32>; 9] = [
     0x1d9..=0x1d9,
     0x200..=0x20f,
     0x250..=0x250,
@@ -48,6 +49,8 @@ const UNLISTED: [std::ops::RangeInclusive<u32>; 7] = [
     0x268..=0x26f,
     0x2ff..=0x2ff,
     0x400..=0x47f,
+    0xc000_0103..=0xc000_0103,
+    0xc001_0140..=0xc001_0141,
 ];
 
 /// The host's list with what it leaves out, sorted, each once.
