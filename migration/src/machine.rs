@@ -168,7 +168,7 @@ pub trait DestinationMachine: Send {
     /// manifest's RAM ranges, in the same order; whatever this call writes to it is thrown away.
     fn reserve(&mut self, manifest: &Manifest) -> Result<Arc<GuestRam>, Vec<Refusal>>;
     /// Takes over everything but memory. The guest does not run yet.
-    fn restore(&mut self, state: &MachineState) -> Result<(), MachineError>;
+    fn restore(&mut self, state: MachineState) -> Result<(), MachineError>;
     /// Starts the guest, or leaves it paused if the restored state says so. On an error no vCPU has executed
     /// anything, nor will: the source then takes the guest back.
     fn resume(&mut self) -> Result<(), MachineError>;

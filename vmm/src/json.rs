@@ -1,6 +1,31 @@
 //! Reading JSON that somebody else wrote.
 
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
 use serde::de::DeserializeOwned;
+
+/// Longest file that is read, in bytes.
+const MAX_FILE: u64 = 1 << 20;
+
+/// Reads a file that is meant to be a config, a model or a dump. The error names it.
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, String> {
+    let wrong = |error: std::io::Error| format!("{}: {error}", path.display());
+    let mut contents = Vec::new();
+    // Counted while it is read: a pipe or a device has no length beforehand.
+    let file = File::open(path).map_err(wrong)?;
+    file.take(MAX_FILE + 1)
+        .read_to_end(&mut contents)
+        .map_err(wrong)?;
+    if contents.len() as u64 > MAX_FILE {
+        return Err(format!(
+            "{}: more than {MAX_FILE} bytes; is it the right file?",
+            path.display()
+        ));
+    }
+    Ok(contents)
+}
 
 /// Parses a whole JSON text. The error names the field, what is wrong with it, and where it stands.
 pub(crate) fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {

@@ -441,7 +441,7 @@ impl Driver<'_> {
 
     fn restore(&mut self) -> Result<(), Trouble> {
         let state = self.state.take().unwrap_or_default();
-        self.machine.restore(&state).map_err(|error| {
+        self.machine.restore(state).map_err(|error| {
             Trouble::local(Cause::Machine {
                 doing: "restoring the machine",
                 error,

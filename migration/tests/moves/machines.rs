@@ -313,9 +313,9 @@ impl DestinationMachine for Destination {
         Ok(ram)
     }
 
-    fn restore(&mut self, state: &MachineState) -> Result<(), MachineError> {
+    fn restore(&mut self, state: MachineState) -> Result<(), MachineError> {
         spring(&mut self.trap, Call::Restore)?;
-        self.restored = Some(state.clone());
+        self.restored = Some(state);
         Ok(())
     }
 

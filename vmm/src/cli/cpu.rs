@@ -156,7 +156,7 @@ fn host(name: &str) -> anyhow::Result<CpuDump> {
     if name == "host" {
         return this_host(None);
     }
-    let json = cpu::read_file(Path::new(name)).map_err(anyhow::Error::msg)?;
+    let json = crate::json::read_file(Path::new(name)).map_err(anyhow::Error::msg)?;
     crate::json::parse(&json)
         .map_err(|error| anyhow::anyhow!("{name}: {error}"))
         .context("not a dump of a host, as `vmm cpu dump` writes it")
@@ -330,6 +330,7 @@ fn verify(
             "missing": verdict.missing.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "dropped": verdict.dropped,
             "excess": verdict.excess,
+            "notes": verdict.notes,
             "features": verdict.shown.iter().map(|f: &&Feature| f.name).collect::<Vec<_>>(),
         }))?;
     } else {
@@ -361,6 +362,9 @@ fn verdict_text(model: &str, hypervisor: HypervisorKind, verdict: &cpu::Verdict)
     }
     for excess in &verdict.excess {
         text.push_str(&format!("but the hypervisor cannot hide {excess}\n"));
+    }
+    for note in &verdict.notes {
+        text.push_str(&format!("note: {note}\n"));
     }
     text.push_str(&format!(
         "it is shown {} of {} known features:\n",

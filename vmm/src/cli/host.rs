@@ -15,9 +15,6 @@ use crate::job::{JobInfo, JobStatus};
 use crate::machine::{ExitReason, GuestEnd, MachineThread};
 use crate::service::{ReceiveMigration, Request, Response, Service};
 
-/// Longest config file in bytes.
-const MAX_CONFIG: u64 = 1 << 20;
-
 /// A machine's thread, and the API if it was asked for.
 struct Host {
     machine: MachineThread,
@@ -182,14 +179,8 @@ fn guest_ended(reason: &ExitReason) -> anyhow::Result<ExitCode> {
 }
 
 fn read_config(path: &Path) -> anyhow::Result<VmConfig> {
-    let context = || format!("config {}", path.display());
-    let length = std::fs::metadata(path).with_context(context)?.len();
-    if length > MAX_CONFIG {
-        bail!(
-            "{}: {length} bytes are too many for a config; is it the right file?",
-            context()
-        );
-    }
-    let json = std::fs::read(path).with_context(context)?;
-    VmConfig::from_json(&json).with_context(context)
+    let json = crate::json::read_file(path)
+        .map_err(anyhow::Error::msg)
+        .context("config")?;
+    VmConfig::from_json(&json).with_context(|| format!("config {}", path.display()))
 }

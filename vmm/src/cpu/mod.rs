@@ -11,21 +11,5 @@ mod model;
 mod verify;
 
 pub(crate) use host::dump;
-pub(crate) use model::{check, list, load, offered, resolve};
+pub(crate) use model::{check, check_interface, list, load, offered, resolve};
 pub(crate) use verify::{Verdict, verify};
-
-/// Longest file of a model or a dump, in bytes.
-const MAX_FILE: u64 = 1 << 20;
-
-/// Reads a file that somebody else wrote.
-pub(crate) fn read_file(path: &std::path::Path) -> Result<Vec<u8>, String> {
-    let wrong = |error: std::io::Error| format!("{}: {error}", path.display());
-    let length = std::fs::metadata(path).map_err(wrong)?.len();
-    if length > MAX_FILE {
-        return Err(format!(
-            "{}: {length} bytes are too many; is it the right file?",
-            path.display()
-        ));
-    }
-    std::fs::read(path).map_err(wrong)
-}

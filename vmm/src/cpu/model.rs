@@ -6,7 +6,6 @@ use arch::x86_64::cpu_model::{CpuModel, ModelError, ModelSpec};
 use arch::x86_64::cpuid::{Cpuid, Interface, can_be_portable, of_interface};
 use hypervisor::Hypervisor;
 
-use super::read_file;
 use crate::config::{ConfigError, CpusConfig};
 
 /// A model that cannot be had.
@@ -36,7 +35,7 @@ pub(crate) fn load(name: &str) -> Result<CpuModel, LoadError> {
     if !is_path(name) {
         return CpuModel::builtin(name).map_err(|error| LoadError::Model(vec![error]));
     }
-    let json = read_file(Path::new(name)).map_err(LoadError::File)?;
+    let json = crate::json::read_file(Path::new(name)).map_err(LoadError::File)?;
     let spec: ModelSpec =
         crate::json::parse(&json).map_err(|error| LoadError::File(format!("{name}: {error}")))?;
     CpuModel::from_spec(&spec).map_err(LoadError::Model)
@@ -84,11 +83,11 @@ pub(crate) fn check(cpus: &CpusConfig) -> Result<(), ConfigError> {
     resolve(cpus).map(drop)
 }
 
-/// What a host can show a guest that sees this interface.
-pub(crate) fn offered(
+/// Refuses an interface that this host cannot back.
+pub(crate) fn check_interface(
     hypervisor: &dyn Hypervisor,
     interface: Interface,
-) -> hypervisor::Result<Cpuid> {
+) -> hypervisor::Result<()> {
     if interface == Interface::Hyperv && !can_be_portable(&hypervisor.enlightenments()?) {
         return Err(hypervisor::Error::Missing {
             what: "Hyper-V's reference counter, reference TSC and frequency registers, which a guest of the model \
@@ -96,5 +95,14 @@ pub(crate) fn offered(
                    the model `bare` does without",
         });
     }
+    Ok(())
+}
+
+/// What a host can show a guest that sees this interface.
+pub(crate) fn offered(
+    hypervisor: &dyn Hypervisor,
+    interface: Interface,
+) -> hypervisor::Result<Cpuid> {
+    check_interface(hypervisor, interface)?;
     Ok(of_interface(&hypervisor.supported_cpuid()?, interface))
 }

@@ -16,6 +16,8 @@ pub(crate) struct Verdict {
     pub dropped: Vec<String>,
     /// What it shows although the model does not have it, in words.
     pub excess: Vec<String>,
+    /// Features that it shows without one that they need, in words. Most do no harm.
+    pub notes: Vec<String>,
     /// The features that a guest would be shown.
     pub shown: Vec<&'static Feature>,
 }
@@ -23,7 +25,7 @@ pub(crate) struct Verdict {
 /// Applies a model, gives it to a vCPU that never runs, and reads back what that shows.
 pub(crate) fn verify(hypervisor: &dyn Hypervisor, model: &CpuModel) -> hypervisor::Result<Verdict> {
     let supported = hypervisor.supported_cpuid()?;
-    super::offered(hypervisor, model.interface)?;
+    super::check_interface(hypervisor, model.interface)?;
     let cpuid = match model.apply(&supported) {
         Ok(cpuid) => cpuid,
         Err(missing) => return Ok(refused(missing)),
@@ -53,6 +55,10 @@ pub(crate) fn verify(hypervisor: &dyn Hypervisor, model: &CpuModel) -> hyperviso
         missing: Vec::new(),
         dropped,
         excess: words(&different.excess),
+        notes: features::contradictions(&given)
+            .into_iter()
+            .map(|(feature, need)| format!("{feature} is shown without {need}, which it needs"))
+            .collect(),
         shown: features::of(&given),
     })
 }
@@ -62,6 +68,7 @@ fn refused(missing: Vec<Unavailable>) -> Verdict {
         missing,
         dropped: Vec::new(),
         excess: Vec::new(),
+        notes: Vec::new(),
         shown: Vec::new(),
     }
 }

@@ -178,19 +178,17 @@ impl DestinationMachine for MovingIn {
         Ok(ram)
     }
 
-    fn restore(&mut self, state: &MachineState) -> Result<(), MachineError> {
+    fn restore(&mut self, mut state: MachineState) -> Result<(), MachineError> {
         let instance = self
             .instance
             .as_ref()
             .ok_or("no machine has been reserved")?;
         if self.tsc_changes {
-            let mut state = state.clone();
             state.vcpus.iter_mut().for_each(|vcpu| vcpu.tsc_khz = None);
-            instance.restore(&state)?;
-        } else {
-            instance.restore(state)?;
         }
-        self.run_state = state.run_state;
+        let run_state = state.run_state;
+        instance.restore(state)?;
+        self.run_state = run_state;
         Ok(())
     }
 

@@ -143,8 +143,7 @@ pub(crate) fn open_hypervisor(
 
 /// What a new guest of this model is told on this host.
 fn new_contract(hypervisor: &dyn Hypervisor, model: &CpuModel) -> Result<CpuContract, BuildError> {
-    // For the interface's own refusal.
-    crate::cpu::offered(hypervisor, model.interface)?;
+    crate::cpu::check_interface(hypervisor, model.interface)?;
     let refused = |missing| BuildError::Model {
         model: model.name.clone(),
         missing,
@@ -480,17 +479,16 @@ impl Instance {
     }
 
     /// Restores everything but RAM. The machine is paused; on failure it must not be run.
-    pub(super) fn restore(&self, state: &MachineState) -> Result<(), BuildError> {
+    pub(super) fn restore(&self, mut state: MachineState) -> Result<(), BuildError> {
         // The clock goes on by the time since it was saved, and the TSC with it.
         let stood_ns = state
             .clock
             .host_realtime_ns
             .map_or(0, |then| hypervisor::realtime_ns().saturating_sub(then));
-        let mut vcpus = state.vcpus.clone();
-        for vcpu in &mut vcpus {
+        for vcpu in &mut state.vcpus {
             msr::advance_tsc(vcpu, self.contract.tsc_khz, stood_ns);
         }
-        self.vcpus.restore(&vcpus)?;
+        self.vcpus.restore(&state.vcpus)?;
         self.devices.restore(state.devices.iter().map(|device| {
             (
                 device.id.as_str(),

@@ -6,7 +6,9 @@ use super::error::Unavailable;
 use super::model::CpuModel;
 use super::spec::Signature;
 use crate::x86_64::cpuid::features::{self, Feature};
-use crate::x86_64::cpuid::{Cpuid, CpuidEntry, Register, feature_bits, of_interface, trim_states};
+use crate::x86_64::cpuid::{
+    Cpuid, CpuidEntry, Register, feature_bits, is_interface, of_interface, trim_states,
+};
 
 /// Features that describe the machine or its moment, not what a model can give or take.
 pub(super) const SURROUNDINGS: [&str; 7] = [
@@ -137,10 +139,6 @@ impl CpuModel {
         }
         leaf.eax = u32::from_le_bytes([physical, linear, guest.min(physical), rest]);
     }
-}
-
-pub(super) fn is_interface(leaf: u32) -> bool {
-    (0x4000_0000..0x5000_0000).contains(&leaf)
 }
 
 /// Leaf 1 EAX, and AMD's copy (SDM vol. 2A, CPUID, figure 3-6).

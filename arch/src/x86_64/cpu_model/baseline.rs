@@ -10,13 +10,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::apply::{SURROUNDINGS, is_interface};
+use super::apply::SURROUNDINGS;
 use super::dump::CpuDump;
 use super::msrs::{ARCH_CAPABILITIES, promises};
 use super::pattern::BitPattern;
 use super::spec::{Hex, ModelSpec, MsrPattern, Signature};
 use crate::x86_64::cpuid::features::{self, Feature, xstate};
-use crate::x86_64::cpuid::{Cpuid, Interface, of_interface};
+use crate::x86_64::cpuid::{Cpuid, Interface, is_interface, of_interface};
 
 /// Why there is no baseline.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -2,14 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::apply::is_interface;
 use super::builtin::{Builtin, MODELS, Start};
 use super::error::ModelError;
 use super::pattern::BitPattern;
 use super::spec::{CpuidPattern, ModelSpec, Signature};
 use super::{ARCH_CAPABILITIES, feature_msr_name};
 use crate::x86_64::cpuid::features::{self, Feature};
-use crate::x86_64::cpuid::{Interface, Register};
+use crate::x86_64::cpuid::{Interface, Register, is_interface};
 
 /// Where bits of a register are: leaf, subleaf, register.
 pub(super) type RegisterPlace = (u32, u32, Register);
@@ -183,13 +182,7 @@ impl CpuModel {
             linear_bits: spec.linear_bits.or(base.linear_bits),
             ..base
         };
-        let mut wishes = Wishes::new();
-        for (name, &wanted) in &spec.features {
-            match features::by_name(name) {
-                Some(feature) => wish(&mut wishes, feature, wanted, &mut errors),
-                None => errors.push(unknown(name)),
-            }
-        }
+        let mut wishes = wishes_for(&spec.features, &mut errors);
         for pattern in &spec.cpuid {
             model.add_pattern(pattern, &mut wishes, &mut errors);
         }
@@ -216,13 +209,7 @@ impl CpuModel {
         changes: &BTreeMap<String, bool>,
     ) -> Result<Self, Vec<ModelError>> {
         let mut errors = Vec::new();
-        let mut wishes = Wishes::new();
-        for (name, &wanted) in changes {
-            match features::by_name(name) {
-                Some(feature) => wish(&mut wishes, feature, wanted, &mut errors),
-                None => errors.push(unknown(name)),
-            }
-        }
+        let wishes = wishes_for(changes, &mut errors);
         self.fulfil(&wishes, &mut errors);
         if errors.is_empty() {
             Ok(self)
@@ -368,11 +355,19 @@ fn wish(
     }
 }
 
-fn unknown(name: &str) -> ModelError {
-    ModelError::UnknownFeature {
-        name: name.chars().take(64).collect(),
-        nearest: features::nearest(name),
+/// What names ask for.
+fn wishes_for(changes: &BTreeMap<String, bool>, errors: &mut Vec<ModelError>) -> Wishes {
+    let mut wishes = Wishes::new();
+    for (name, &wanted) in changes {
+        match features::by_name(name) {
+            Some(feature) => wish(&mut wishes, feature, wanted, errors),
+            None => errors.push(ModelError::UnknownFeature {
+                name: name.chars().take(64).collect(),
+                nearest: features::nearest(name),
+            }),
+        }
     }
+    wishes
 }
 
 /// What decides a register that no pattern can decide; nothing if a pattern can.

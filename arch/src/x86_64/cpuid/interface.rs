@@ -124,9 +124,7 @@ fn hyperv_leaves() -> [CpuidEntry; 6] {
 pub fn of_interface(supported: &Cpuid, interface: Interface) -> Cpuid {
     let mut cpuid = policy(supported);
     if interface != Interface::Host {
-        cpuid
-            .entries
-            .retain(|entry| !(0x4000_0000..0x5000_0000).contains(&entry.leaf));
+        cpuid.entries.retain(|entry| !is_interface(entry.leaf));
         for feature in interface.hides().iter().filter_map(|name| by_name(name)) {
             set(&mut cpuid, feature, false);
         }
@@ -137,6 +135,11 @@ pub fn of_interface(supported: &Cpuid, interface: Interface) -> Cpuid {
         cpuid.entries.sort_unstable_by_key(|e| (e.leaf, e.subleaf));
     }
     cpuid
+}
+
+/// Whether a leaf belongs to hypervisors (SDM vol. 2A, CPUID: no processor answers it).
+pub(crate) fn is_interface(leaf: u32) -> bool {
+    (0x4000_0000..0x5000_0000).contains(&leaf)
 }
 
 /// Whether a guest that sees this has Hyper-V's interface.

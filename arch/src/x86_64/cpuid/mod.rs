@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 pub use self::compare::{
     Differences, MissingFeature, Register, differences, feature_bits, missing_features,
 };
+pub(crate) use self::interface::is_interface;
 pub use self::interface::{Interface, can_be_portable, has_hyperv, of_interface};
 pub use self::policy::policy;
 pub use self::states::trim_states;
