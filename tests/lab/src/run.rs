@@ -66,6 +66,7 @@ impl Lab {
             kernel: Kernel::Debian61,
             additions: Vec::new(),
             qemu_args: Vec::new(),
+            kernel_args: String::new(),
             limit: Duration::from_secs(240),
         }
     }
@@ -95,6 +96,10 @@ enum Addition {
         kernel: Kernel,
         entry: Entry,
     },
+    GuestProgram {
+        host: std::path::PathBuf,
+        inside: String,
+    },
 }
 
 /// A lab host that can be booted, any number of times.
@@ -106,6 +111,7 @@ pub struct Host {
     kernel: Kernel,
     additions: Vec<Addition>,
     qemu_args: Vec<String>,
+    kernel_args: String,
     limit: Duration,
 }
 
@@ -193,11 +199,28 @@ impl Host {
         self
     }
 
+    /// Puts a program of this machine, and the shared libraries it needs, into the guest.
+    #[must_use]
+    pub fn guest_program(mut self, host: &Path, inside: &str) -> Self {
+        self.additions.push(Addition::GuestProgram {
+            host: host.to_owned(),
+            inside: inside.to_owned(),
+        });
+        self
+    }
+
     /// Adds arguments for QEMU.
     #[must_use]
     pub fn qemu_args(mut self, args: &[&str]) -> Self {
         self.qemu_args
             .extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    /// Adds parameters for the host's kernel; of two that say the same, the last counts.
+    #[must_use]
+    pub fn kernel_args(mut self, args: &str) -> Self {
+        args.clone_into(&mut self.kernel_args);
         self
     }
 
@@ -246,9 +269,17 @@ impl Host {
                 Addition::File { host, inside } => image.file(host, inside)?,
                 Addition::Program { host, inside } => image.program(host, inside)?,
                 Addition::Data { inside, data } => image.data(inside, data),
+                // Goes with the guest.
+                Addition::GuestProgram { .. } => {}
                 Addition::Guest { kernel, entry } => {
                     image.file(&kernel.file(*entry)?, "guest/kernel")?;
-                    image.data("guest/initramfs", &Image::guest(*kernel)?.finish());
+                    let mut guest = Image::guest(*kernel)?;
+                    for addition in &self.additions {
+                        if let Addition::GuestProgram { host, inside } = addition {
+                            guest.program(host, inside)?;
+                        }
+                    }
+                    image.data("guest/initramfs", &guest.finish());
                 }
             }
         }
@@ -294,8 +325,9 @@ impl Host {
         args.extend([
             "-append".to_owned(),
             format!(
-                "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests panic=-1 tsc=reliable {}",
-                known_tsc()
+                "console=ttyS0 quiet nokaslr mitigations=off cryptomgr.notests panic=-1 tsc=reliable {} {}",
+                known_tsc(),
+                self.kernel_args
             ),
         ]);
         args.extend(["-cpu".to_owned(), self.cpu.arg().to_owned()]);

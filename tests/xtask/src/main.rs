@@ -36,7 +36,8 @@ Runs test suites, all of them in this order when none is named:
 
   static   formatting, clippy with warnings denied, the house check where it is there
   unit     the unit tests of every crate
-  cpu      CPU models against dumps of real processors
+  cpu      CPU models against dumps of real processors; asked for without the lab, also what the lab
+           shows of them: moves between unlike hosts, clocks
   emulator the instruction emulator against this machine's processor, instruction by instruction
   backend  the conformance suite: small guest programs, the same on /dev/kvm and on /dev/mshv or its double
   native   real guests, booted and moved, on /dev/kvm and on /dev/mshv or its double, and between the two

@@ -14,7 +14,7 @@ pub(crate) enum Suite {
     Static,
     /// Unit tests of the crates.
     Unit,
-    /// CPU models against dumps of real processors.
+    /// CPU models against dumps of real processors, and between unlike hosts of the lab.
     Cpu,
     /// The instruction emulator against the processor.
     Emulator,
@@ -78,7 +78,14 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
         println!("\n== {} ==", suite.name());
         let start = Instant::now();
         let mut tally = Tally::default();
-        if matches!(suite, Suite::Backend | Suite::Native | Suite::Lab) && !built {
+        // Asked for alone, a suite shows all of its subject; in a run with the lab, its lab tests are part of that.
+        let with_lab = !suites.contains(&Suite::Lab);
+        let starts_programs = match suite {
+            Suite::Backend | Suite::Native | Suite::Lab => true,
+            Suite::Cpu => with_lab,
+            Suite::Static | Suite::Unit | Suite::Emulator => false,
+        };
+        if starts_programs && !built {
             build_programs(&mut tally)?;
             built = true;
         }
@@ -88,6 +95,9 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
             Suite::Unit => unit(&mut tally)?,
             Suite::Cpu => {
                 cargo_test(&mut tally, "cpu", &["--test", "corpus"], &[])?;
+                if with_lab {
+                    lab(&mut tally, Some("cpu::"))?;
+                }
             }
             Suite::Emulator => cargo_test(&mut tally, "emulator", &["--test", "emulator"], &[])?,
             Suite::Backend => {
@@ -95,7 +105,7 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
                 cargo_test(&mut tally, "backend", &tests, &[])?;
             }
             Suite::Native => cargo_test(&mut tally, "native", &["--test", "native"], &[])?,
-            Suite::Lab => lab(&mut tally)?,
+            Suite::Lab => lab(&mut tally, None)?,
         }
         if tally.total() == before {
             tally.fail(suite.name(), "the suite ran no test at all");
@@ -149,10 +159,12 @@ fn unit(tally: &mut Tally) -> Result<()> {
     cargo_test(tally, "unit::integration", &others, &[])
 }
 
-fn lab(tally: &mut Tally) -> Result<()> {
+/// The tests of the lab whose names contain `filter`, all without one.
+fn lab(tally: &mut Tally, filter: Option<&str>) -> Result<()> {
     // What is missing afterwards is said by each test that needs it, as the reason of a skip.
     debian::prepare_lab();
-    cargo_test(tally, "lab", &["--test", "lab"], &["--test-threads=2"])
+    let harness: Vec<_> = ["--test-threads=2"].into_iter().chain(filter).collect();
+    cargo_test(tally, "lab", &["--test", "lab"], &harness)
 }
 
 /// One `cargo test`: every binary runs even after a failure, and what does not build is a failure.

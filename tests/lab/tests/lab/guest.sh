@@ -33,14 +33,17 @@ counts() {
     expect "$1" 'count 10$'
 }
 
-# receive NAME URL: waits for a guest, and listens when this returns.
+# receive NAME URL [ARGS…]: waits for a guest, and listens when this returns.
 receive() {
-    start "$1" $preload vmm receive "$2" --serial tty --api-socket "/tmp/$1.sock" --hypervisor "$hypervisor"
+    receiver=$1
+    url=$2
+    shift 2
+    start "$receiver" $preload vmm receive "$url" --serial tty --api-socket "/tmp/$receiver.sock" --hypervisor "$hypervisor" "$@"
     tries=$(limit 300)
-    until grep -q '^listening on' "/tmp/$1.err"; do
-        alive "$1" || fail "$1 ended before it listened"
+    until grep -q '^listening on' "/tmp/$receiver.err"; do
+        alive "$receiver" || fail "$receiver ended before it listened"
         tries=$((tries - 1))
-        [ "$tries" -gt 0 ] || fail "$1 never listened"
+        [ "$tries" -gt 0 ] || fail "$receiver never listened"
         usleep 100000
     done
 }
@@ -64,3 +67,42 @@ goes_on() {
     echo "counted to $last at the source, to $(tail -1 /tmp/counts) in all"
     shell_works "$2"
 }
+
+# arrived NAME: the guest that NAME has waited for runs there.
+arrived() {
+    tries=$(limit 1800)
+    until grep -q 'has arrived' "/tmp/$1.err"; do
+        alive "$1" || fail "$1 ended before a guest arrived"
+        tries=$((tries - 1))
+        [ "$tries" -gt 0 ] || hang "nothing arrived at $1"
+        usleep 100000
+    done
+}
+
+# cpu_identity NAME: what the guest's kernel says of its processor, kept in /tmp/identities.
+cpu_identity() {
+    number=$((${number:-40} + 1))
+    tell "$1" "echo identity-$number-\$(grep -v MHz /proc/cpuinfo | md5sum | cut -c1-32)"
+    expect "$1" "identity-$number-[0-9a-f]\{32\}"
+    tr -d '\r' <"/tmp/$1.out" | sed -n "s/.*identity-$number-\([0-9a-f]\{32\}\).*/\1/p" | tail -1 >>/tmp/identities
+}
+
+# now_ms: the time since the boot of this host, in milliseconds.
+now_ms() { awk '{ printf "%d", $1 * 1000 }' /proc/uptime; }
+
+# clock_behind NAME: how far the guest's clock is behind the host's, in milliseconds, in $behind. The guest looks at its clock some time
+# after it was asked: the sample with the least of that counts.
+clock_behind() {
+    behind=-1000000000
+    for sample in 1 2 3 4 5; do
+        asked=$(now_ms)
+        number=$((${number:-40} + 1))
+        tell "$1" "awk '{ printf \"uptime-$number-%d-\\n\", \$1 * 1000 }' /proc/uptime"
+        expect "$1" "uptime-$number-[0-9][0-9]*-"
+        there=$(tr -d '\r' <"/tmp/$1.out" | sed -n "s/.*uptime-$number-\([0-9][0-9]*\)-.*/\1/p" | tail -1)
+        [ $((asked - there)) -le "$behind" ] || behind=$((asked - there))
+    done
+}
+
+# rounds NAME: how many rounds the guest's `features` had made when its file was last shown.
+rounds() { tr -d '\r' <"/tmp/$1.out" | sed -n 's/.*features-ok [0-9]* of \([0-9]*\) rounds.*/\1/p' | tail -1; }

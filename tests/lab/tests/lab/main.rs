@@ -2,6 +2,7 @@
 //!
 //! `--test-threads=2` suits two cores: one lab host a core.
 
+mod cpu;
 mod selftest;
 mod stock;
 
@@ -20,6 +21,7 @@ fn main() -> ExitCode {
     let trials = selftest::trials()
         .into_iter()
         .chain(stock::trials())
+        .chain(cpu::trials())
         .collect();
     let conclusion = libtest_mimic::run(&args, trials);
     let retries = lab::retries();

@@ -13,18 +13,18 @@ use crate::trial;
 
 /// One cell of the matrix.
 #[derive(Clone, Copy)]
-struct Guest {
-    back_end: BackEnd,
-    kernel: Kernel,
-    entry: Entry,
-    vcpus: u32,
+pub(crate) struct Guest {
+    pub(crate) back_end: BackEnd,
+    pub(crate) kernel: Kernel,
+    pub(crate) entry: Entry,
+    pub(crate) vcpus: u32,
     /// The CPU model in the config.
-    model: &'static str,
+    pub(crate) model: &'static str,
 }
 
 /// What `on` in guest.sh takes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum BackEnd {
+pub(crate) enum BackEnd {
     Kvm,
     Mshv,
 }
@@ -38,7 +38,7 @@ impl BackEnd {
     }
 
     /// The beginning of every script.
-    fn prelude(self, vcpus: u32) -> String {
+    pub(crate) fn prelude(self, vcpus: u32) -> String {
         format!("BACK_END={}; VCPUS={vcpus}; . /lab/guest.sh\n", self.name())
     }
 }
@@ -158,7 +158,7 @@ impl Guest {
     }
 
     /// A lab host with the product, this guest and its config.
-    fn host(self, cpu: Cpu) -> Result<Host> {
+    pub(crate) fn host(self, cpu: Cpu) -> Result<Host> {
         Ok(bare_host(cpu)?
             .name(&self.name())
             .guest(self.kernel, self.entry)
@@ -167,7 +167,7 @@ impl Guest {
 }
 
 /// A lab host with the product only, and with the double of the other back end.
-fn bare_host(cpu: Cpu) -> Result<Host> {
+pub(crate) fn bare_host(cpu: Cpu) -> Result<Host> {
     Ok(Lab::host(cpu)
         .program(&built("vmm", "VMM_BIN", "vmm")?, "bin/vmm")
         .program(
@@ -178,7 +178,7 @@ fn bare_host(cpu: Cpu) -> Result<Host> {
 }
 
 /// What this workspace has built, or what a variable says instead.
-fn built(file: &str, variable: &str, package: &str) -> Result<PathBuf> {
+pub(crate) fn built(file: &str, variable: &str, package: &str) -> Result<PathBuf> {
     let path = std::env::var_os(variable).map_or_else(
         || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/release")).join(file),
         PathBuf::from,
@@ -188,7 +188,7 @@ fn built(file: &str, variable: &str, package: &str) -> Result<PathBuf> {
 }
 
 /// Runs a script on one host with the guest in it.
-fn on_host(guest: Guest, script: &str) -> Result<()> {
+pub(crate) fn on_host(guest: Guest, script: &str) -> Result<()> {
     guest
         .host(Cpu::Max)?
         .run(&(guest.back_end.prelude(guest.vcpus) + script))?

@@ -312,6 +312,9 @@ fn behind(console: &mut Console, since: Instant) -> Result<Duration> {
 }
 
 /// The guest's clock, KVM's or the TSC, goes on by the time that the guest stood still, and by no more.
+///
+/// A KVM without hardware virtualisation shows a guest the host's own TSC, which goes on in any case: there this says little of the TSC, and
+/// the lab says it (`cpu::time_goes_on_over_ten_moves`).
 fn stands_still(folder: &Folder, model: Option<&str>) -> Result<()> {
     const STANDS: Duration = Duration::from_secs(2);
     let since = Instant::now();
