@@ -3,7 +3,8 @@
 //! ```text
 //!   OUT sleep control: SLP_EN with the S5 type ──► PowerSink: Shutdown
 //!   OUT reset register: the reset value        ──► PowerSink: Reset
-//!   press_power_button ──► event flag 0 ──► GED interrupt ──► the guest's AML reads (and so clears) the flags ──► Notify
+//!   press_power_button ──► event flag 0 ─┐
+//!   PCI slots          ──► event flag 1 ─┴─► GED interrupt ──► the guest's AML reads (and so clears) the flags ──► Notify
 //! ```
 
 use std::sync::Arc;
@@ -50,8 +51,11 @@ pub struct AcpiPowerConfig {
 /// Event flag of the power button.
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
 
+/// Event flag of PCI slots: devices have come, or are to go.
+pub const EVENT_PCI: u8 = 1 << 1;
+
 /// All event flags there are.
-const EVENTS: u8 = EVENT_POWER_BUTTON;
+const EVENTS: u8 = EVENT_POWER_BUTTON | EVENT_PCI;
 /// Sleep control: SLP_EN.
 const SLEEP_ENABLE: u8 = 1 << 5;
 /// Sleep control: where SLP_TYP is.
@@ -84,7 +88,12 @@ impl AcpiPower {
 
     /// Presses the power button: the guest is told, and may shut down, or not.
     pub fn press_power_button(&self) {
-        self.events.fetch_or(EVENT_POWER_BUTTON, Ordering::SeqCst);
+        self.raise(EVENT_POWER_BUTTON);
+    }
+
+    /// Sets an event flag and tells the guest.
+    pub(crate) fn raise(&self, event: u8) {
+        self.events.fetch_or(event, Ordering::SeqCst);
         self.event_line.trigger();
     }
 

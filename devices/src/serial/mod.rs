@@ -1,7 +1,7 @@
 //! Serial port: a 16550 (`vm-superio`) and what is on the other end of its cable.
 //!
 //! ```text
-//!           vCPU threads                              worker thread (only where there can be input)
+//!           vCPU threads                              pump's thread (only where there can be input)
 //!   OUT ─► UART ─► queue, 64 KiB, oldest lost ──wake──► back end   (stdio, pty, socket)
 //!             └──► file, written at once                            (file)
 //!             └──► nowhere                                          (nothing)
@@ -19,14 +19,7 @@
 //!   exactly once: taken from the other end and not read by the guest, or written by the guest and not taken by the other end.
 //! - [`Serial::stop`], or dropping, joins the worker and leaves nothing behind: no thread, no socket file, no raw terminal.
 
-mod backend_file;
-mod backend_pty;
-mod backend_socket;
-mod backend_stdio;
-mod error;
-mod output;
 mod persist;
-mod worker;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,11 +28,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_superio::Trigger;
 use vm_superio::serial::NoEvents;
 
-pub use self::error::SerialError;
-pub use self::output::OUTPUT_CAPACITY;
-use self::output::{Output, OutputQueue};
-use self::worker::{Endpoint, Worker};
 use crate::bus::{BusDevice, read_bytes, write_bytes};
+pub use crate::endpoint::{
+    EndpointConfig as SerialBackend, EndpointError as SerialError, OUTPUT_CAPACITY,
+};
+use crate::endpoint::{GuestPort, Opened, Output, Pump};
 use crate::interrupt::InterruptLine;
 
 /// Number of ports.
@@ -47,30 +40,6 @@ pub const SERIAL_PORTS: u64 = 8;
 
 /// Size of the UART's receive FIFO, and of the input that waits for it.
 const FIFO_SIZE: usize = 64;
-
-/// What is on the other end.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SerialBackend {
-    /// Nothing: output is lost, no input comes.
-    Null,
-    /// This process's standard input and output. A terminal is in raw mode meanwhile, and gets its mode back when the
-    /// device stops, when the process exits, and before a panic's message.
-    Stdio,
-    /// A file that takes the output.
-    File {
-        /// Its path.
-        path: PathBuf,
-        /// Keep what it has; otherwise it is emptied.
-        append: bool,
-    },
-    /// A new pseudo-terminal: [`Serial::pty_path`].
-    Pty,
-    /// A new unix socket that serves one client at a time; others wait for their turn.
-    Socket {
-        /// Its path, where nothing may be yet.
-        path: PathBuf,
-    },
-}
 
 /// The UART's interrupt.
 #[derive(Clone)]
@@ -87,7 +56,7 @@ impl Trigger for LineTrigger {
 
 type Uart = vm_superio::Serial<LineTrigger, NoEvents, Output>;
 
-/// What vCPU threads and the worker share. Locks are taken in the order of the fields.
+/// What vCPU threads and the pump share. Locks are taken in the order of the fields.
 struct Port {
     /// Input that the FIFO has had no room for; at most [`FIFO_SIZE`] bytes.
     pending: Mutex<Vec<u8>>,
@@ -116,56 +85,54 @@ impl Port {
     }
 }
 
+impl GuestPort for Port {
+    fn input_room(&self) -> usize {
+        if self.pending().is_empty() {
+            FIFO_SIZE
+        } else {
+            0
+        }
+    }
+
+    fn input(&self, bytes: &[u8]) {
+        let mut pending = self.pending();
+        pending.extend_from_slice(bytes);
+        self.feed(&mut pending);
+    }
+}
+
 /// The serial port. It covers [`SERIAL_PORTS`] ports.
 pub struct Serial {
     port: Arc<Port>,
     output: Output,
     line: LineTrigger,
-    worker: Option<Worker>,
+    pump: Option<Pump>,
     pty_path: Option<PathBuf>,
 }
 
 impl Serial {
     /// A serial port after power on with `backend` at the other end, whose interrupt pulses `line`.
     pub fn new(backend: SerialBackend, line: Arc<dyn InterruptLine>) -> Result<Self, SerialError> {
-        let (queue, wake) = OutputQueue::new()?;
-        let mut pty_path = None;
-        let (output, endpoint): (Output, Option<Box<dyn Endpoint>>) = match backend {
-            SerialBackend::Null => (Output::nowhere(), None),
-            SerialBackend::File { path, append } => {
-                (Output::file(backend_file::open(&path, append)?), None)
-            }
-            SerialBackend::Stdio => (
-                Output::queue(queue),
-                Some(Box::new(backend_stdio::Stdio::new()?)),
-            ),
-            SerialBackend::Pty => {
-                let pty = backend_pty::Pty::new()?;
-                pty_path = Some(pty.path().to_owned());
-                (Output::queue(queue), Some(Box::new(pty)))
-            }
-            SerialBackend::Socket { path } => (
-                Output::queue(queue),
-                Some(Box::new(backend_socket::Socket::new(&path)?)),
-            ),
-        };
+        let Opened {
+            output,
+            endpoint,
+            pty_path,
+        } = Opened::new(backend)?;
         let line = LineTrigger(line);
         let port = Arc::new(Port {
             pending: Mutex::new(Vec::new()),
             uart: Mutex::new(Uart::with_events(line.clone(), NoEvents, output.clone())),
             starved: AtomicBool::new(false),
         });
-        let worker = match (endpoint, output.as_queue()) {
-            (Some(endpoint), Some(queue)) => {
-                Some(Worker::start(endpoint, port.clone(), queue, wake)?)
-            }
-            _ => None,
+        let pump = match endpoint {
+            Some(endpoint) => Some(endpoint.start("serial", port.clone())?),
+            None => None,
         };
         Ok(Serial {
             port,
             output,
             line,
-            worker,
+            pump,
             pty_path,
         })
     }
@@ -180,26 +147,26 @@ impl Serial {
         self.output.lost()
     }
 
-    /// Makes the worker stand still, and returns when it does. Harmless when it does already.
+    /// Makes the pump stand still, and returns when it does. Harmless when it does already.
     pub fn pause(&self) {
-        if let Some(worker) = &self.worker {
-            worker.pause();
+        if let Some(pump) = &self.pump {
+            pump.pause();
         }
     }
 
     /// Undoes [`Serial::pause`].
     pub fn resume(&self) {
-        if let Some(worker) = &self.worker {
-            worker.resume();
+        if let Some(pump) = &self.pump {
+            pump.resume();
         }
     }
 
-    /// Ends the worker and closes the back end; the guest's output is lost from then on. Output that waits gets a short
+    /// Ends the pump and closes the back end; the guest's output is lost from then on. Output that waits gets a short
     /// time to leave, unless the device is paused: it is in the saved state then, and another machine sends it. Dropping
     /// does the same.
     pub fn stop(&self) {
-        if let Some(worker) = &self.worker {
-            worker.stop();
+        if let Some(pump) = &self.pump {
+            pump.stop();
         }
     }
 
@@ -213,9 +180,9 @@ impl Serial {
     fn after_access(&self) {
         if self.port.starved.load(Ordering::SeqCst)
             && self.port.feed(&mut self.port.pending())
-            && let Some(worker) = &self.worker
+            && let Some(pump) = &self.pump
         {
-            worker.wake();
+            pump.wake();
         }
     }
 }

@@ -114,8 +114,8 @@ impl Persist for Serial {
         self.output.restore(&saved.unsent_output);
         drop(uart);
         drop(pending);
-        if let Some(worker) = &self.worker {
-            worker.wake();
+        if let Some(pump) = &self.pump {
+            pump.wake();
         }
         Ok(())
     }

@@ -118,7 +118,7 @@ fn a_file_is_emptied_or_appended_to_and_written_at_once() {
         });
         print(&serial, b"one");
         assert_eq!(fs::read_to_string(&path).expect("it is there"), content);
-        assert!(serial.worker.is_none());
+        assert!(serial.pump.is_none());
         assert_eq!(serial.lost_output(), 0);
     }
 }

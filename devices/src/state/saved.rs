@@ -78,3 +78,13 @@ pub struct PowerState {
     /// Event flags that the guest has not read.
     pub events: u8,
 }
+
+/// [`crate::pci::PciHotplug`], version 1.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PciHotplugState {
+    /// Slots of which the guest has not read that a device has come.
+    pub inserted: u32,
+    /// Slots of which it has not read that the device is to go.
+    pub leaving: u32,
+}

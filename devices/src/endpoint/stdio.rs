@@ -14,8 +14,8 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustix::process::getpgrp;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
 
-use super::error::SerialError;
-use super::worker::{Endpoint, Received};
+use super::error::EndpointError;
+use super::{Endpoint, Received};
 
 /// Standard input and output are taken.
 static TAKEN: AtomicBool = AtomicBool::new(false);
@@ -23,7 +23,7 @@ static TAKEN: AtomicBool = AtomicBool::new(false);
 static TERMINAL_MODE: Mutex<Option<Termios>> = Mutex::new(None);
 
 /// Both ends, and the terminal's raw mode.
-pub(super) struct Stdio {
+pub(crate) struct Stdio {
     input: Option<Stream>,
     output: Option<Stream>,
     _terminal: Terminal,
@@ -31,9 +31,9 @@ pub(super) struct Stdio {
 }
 
 impl Stdio {
-    pub(super) fn new() -> Result<Self, SerialError> {
+    pub(crate) fn new() -> Result<Self, EndpointError> {
         let taken = Taken::new()?;
-        let terminal = Terminal::raw(io::stdin().as_fd()).map_err(SerialError::Terminal)?;
+        let terminal = Terminal::raw(io::stdin().as_fd()).map_err(EndpointError::Terminal)?;
         Ok(Stdio {
             // A stream that is closed already is one without input, or whose output nobody wants.
             input: Stream::new(io::stdin().as_fd(), OFlags::RDONLY).ok(),
@@ -143,9 +143,9 @@ impl Stream {
 struct Taken;
 
 impl Taken {
-    fn new() -> Result<Self, SerialError> {
+    fn new() -> Result<Self, EndpointError> {
         if TAKEN.swap(true, Ordering::SeqCst) {
-            Err(SerialError::StdioBusy)
+            Err(EndpointError::StdioBusy)
         } else {
             Ok(Taken)
         }

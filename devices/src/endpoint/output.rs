@@ -1,4 +1,4 @@
-//! Where the UART's output goes.
+//! Where a guest's output goes.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -9,14 +9,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::error::SerialError;
+use super::error::EndpointError;
 
 /// How many bytes of output wait for the other end; the oldest are lost beyond.
 pub const OUTPUT_CAPACITY: usize = 64 << 10;
 
 /// A handle on the output. It takes every byte at once and never fails.
 #[derive(Clone)]
-pub(super) struct Output {
+pub(crate) struct Output {
     target: Target,
     lost: Arc<AtomicU64>,
 }
@@ -29,16 +29,16 @@ enum Target {
 }
 
 impl Output {
-    pub(super) fn nowhere() -> Self {
+    pub(crate) fn nowhere() -> Self {
         Self::to(Target::Nowhere)
     }
 
-    pub(super) fn file(file: File) -> Self {
+    pub(crate) fn file(file: File) -> Self {
         Self::to(Target::File(Arc::new(file)))
     }
 
-    pub(super) fn queue(queue: OutputQueue) -> Self {
-        Self::to(Target::Queue(Arc::new(queue)))
+    pub(crate) fn queue(queue: Arc<OutputQueue>) -> Self {
+        Self::to(Target::Queue(queue))
     }
 
     fn to(target: Target) -> Self {
@@ -48,19 +48,12 @@ impl Output {
         }
     }
 
-    pub(super) fn as_queue(&self) -> Option<Arc<OutputQueue>> {
-        match &self.target {
-            Target::Queue(queue) => Some(queue.clone()),
-            Target::Nowhere | Target::File(_) => None,
-        }
-    }
-
-    pub(super) fn lost(&self) -> u64 {
+    pub(crate) fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
     }
 
     /// Output that the other end has not taken.
-    pub(super) fn unsent(&self) -> Vec<u8> {
+    pub(crate) fn unsent(&self) -> Vec<u8> {
         match &self.target {
             Target::Queue(queue) => queue.lock().bytes.iter().copied().collect(),
             Target::Nowhere | Target::File(_) => Vec::new(),
@@ -68,21 +61,34 @@ impl Output {
     }
 
     /// Takes over what another machine's output had not sent, instead of what waits here.
-    pub(super) fn restore(&self, unsent: &[u8]) {
+    pub(crate) fn restore(&self, unsent: &[u8]) {
         if let Target::Queue(queue) = &self.target {
             queue.lock().bytes.clear();
         }
         self.send(unsent);
     }
 
-    fn send(&self, bytes: &[u8]) {
+    /// How many bytes it takes without losing any that wait.
+    pub(crate) fn room(&self) -> usize {
+        match &self.target {
+            Target::Queue(queue) => queue.room(),
+            Target::Nowhere | Target::File(_) => usize::MAX,
+        }
+    }
+
+    pub(crate) fn send(&self, bytes: &[u8]) {
         let lost = match &self.target {
             Target::Nowhere => 0,
             Target::File(file) => send_to_file(file, bytes),
             Target::Queue(queue) => queue.push(bytes),
         };
-        if lost != 0 && self.lost.fetch_add(lost as u64, Ordering::Relaxed) == 0 {
-            tracing::warn!("serial output is being lost: the other end does not take it");
+        self.lose(lost as u64);
+    }
+
+    /// Counts output that nobody will see.
+    pub(crate) fn lose(&self, lost: u64) {
+        if lost != 0 && self.lost.fetch_add(lost, Ordering::Relaxed) == 0 {
+            tracing::warn!("output is being lost: the other end does not take it");
         }
     }
 }
@@ -111,25 +117,25 @@ impl Write for Output {
     }
 }
 
-/// Output that the worker passes on.
-pub(super) struct OutputQueue {
+/// Output that the pump passes on.
+pub(crate) struct OutputQueue {
     queue: Mutex<Queue>,
     wake: Arc<OwnedFd>,
 }
 
 /// The queue itself.
 #[derive(Default)]
-pub(super) struct Queue {
-    pub(super) bytes: VecDeque<u8>,
+pub(crate) struct Queue {
+    pub(crate) bytes: VecDeque<u8>,
     /// Nobody will ever take any more.
-    pub(super) closed: bool,
+    pub(crate) closed: bool,
 }
 
 impl OutputQueue {
     /// An empty queue, and the event that says there is something to do.
-    pub(super) fn new() -> Result<(Self, Arc<OwnedFd>), SerialError> {
+    pub(crate) fn new() -> Result<(Self, Arc<OwnedFd>), EndpointError> {
         let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
-            .map_err(|error| SerialError::Worker(error.into()))?;
+            .map_err(|error| EndpointError::Worker(error.into()))?;
         let wake = Arc::new(wake);
         Ok((
             OutputQueue {
@@ -140,8 +146,18 @@ impl OutputQueue {
         ))
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, Queue> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is closed takes everything, and loses it.
+    fn room(&self) -> usize {
+        let queue = self.lock();
+        if queue.closed {
+            usize::MAX
+        } else {
+            OUTPUT_CAPACITY.saturating_sub(queue.bytes.len())
+        }
     }
 
     /// The number of bytes that were lost: of the oldest, or all of them when the queue is closed.
@@ -155,7 +171,7 @@ impl OutputQueue {
         let surplus = queue.bytes.len().saturating_sub(OUTPUT_CAPACITY);
         queue.bytes.drain(..surplus);
         drop(queue);
-        // Otherwise the worker knows, or has nobody to give it to.
+        // Otherwise the pump knows, or has nobody to give it to.
         if was_empty && !bytes.is_empty() {
             signal(&self.wake);
         }
@@ -164,7 +180,7 @@ impl OutputQueue {
 }
 
 /// Signals an event.
-pub(super) fn signal(event: &OwnedFd) {
+pub(crate) fn signal(event: &OwnedFd) {
     // Fails only when the counter is full, and the event is signalled then.
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }

@@ -14,19 +14,19 @@ use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
-use super::error::SerialError;
-use super::worker::{Endpoint, Received};
+use super::error::EndpointError;
+use super::{Endpoint, Received};
 
 /// The master, and the slave that is held open.
-pub(super) struct Pty {
+pub(crate) struct Pty {
     master: OwnedFd,
     _slave: OwnedFd,
     path: PathBuf,
 }
 
 impl Pty {
-    pub(super) fn new() -> Result<Self, SerialError> {
-        Self::open().map_err(|error| SerialError::Pty(error.into()))
+    pub(crate) fn new() -> Result<Self, EndpointError> {
+        Self::open().map_err(|error| EndpointError::Pty(error.into()))
     }
 
     fn open() -> Result<Self, Errno> {
@@ -50,7 +50,7 @@ impl Pty {
         })
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 }

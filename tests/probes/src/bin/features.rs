@@ -67,12 +67,8 @@ fn main() -> ExitCode {
             }
         }
         if round == 1 || round.is_multiple_of(20) {
-            // Whoever looks sees a whole line.
-            let new = format!("{file}.new");
             let line = format!("features-ok {} of {round} rounds\n", names.len());
-            if let Err(error) =
-                std::fs::write(&new, line).and_then(|()| std::fs::rename(&new, &file))
-            {
+            if let Err(error) = probes::replace(file.as_ref(), &line) {
                 eprintln!("features: {file}: {error}");
                 return ExitCode::FAILURE;
             }

@@ -10,46 +10,62 @@ use rustix::net::{
     bind, listen, recv, send, socket_with,
 };
 
-use super::error::SerialError;
-use super::worker::{Endpoint, Received};
+use super::error::EndpointError;
+use super::{Endpoint, Received};
 
 /// Clients that may wait for their turn.
 const BACKLOG: i32 = 4;
 /// Only the owner may talk to the guest's console.
 const MODE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// The listening socket, its file, and the client.
-pub(super) struct Socket {
-    listener: OwnedFd,
-    client: Option<OwnedFd>,
+/// A listening socket and its file. Accepting does not wait.
+pub(crate) struct Listener {
+    pub(crate) fd: OwnedFd,
     _file: SocketFile,
 }
 
-impl Socket {
-    pub(super) fn new(path: &Path) -> Result<Self, SerialError> {
-        Self::listen(path).map_err(|error| match error {
-            Errno::ADDRINUSE => SerialError::SocketExists {
+impl Listener {
+    /// Listens at a path where nothing may be yet.
+    pub(crate) fn new(path: &Path, backlog: i32) -> Result<Self, EndpointError> {
+        Self::listen(path, backlog).map_err(|error| match error {
+            Errno::ADDRINUSE => EndpointError::SocketExists {
                 path: path.to_owned(),
             },
-            error => SerialError::Socket {
+            error => EndpointError::Socket {
                 path: path.to_owned(),
                 source: error.into(),
             },
         })
     }
 
-    fn listen(path: &Path) -> Result<Self, Errno> {
+    fn listen(path: &Path, backlog: i32) -> Result<Self, Errno> {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        bind(&listener, &SocketAddrUnix::new(path)?)?;
+        let fd = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        bind(&fd, &SocketAddrUnix::new(path)?)?;
         let file = SocketFile::new(path)?;
         // Nobody can connect before `listen`.
         chmod(path, MODE)?;
-        listen(&listener, BACKLOG)?;
+        listen(&fd, backlog)?;
+        Ok(Self { fd, _file: file })
+    }
+
+    /// The next client, whose socket does not wait either.
+    pub(crate) fn accept(&self) -> Result<OwnedFd, Errno> {
+        accept_with(&self.fd, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)
+    }
+}
+
+/// The listening socket and the client.
+pub(crate) struct Socket {
+    listener: Listener,
+    client: Option<OwnedFd>,
+}
+
+impl Socket {
+    pub(crate) fn new(path: &Path) -> Result<Self, EndpointError> {
         Ok(Socket {
-            listener,
+            listener: Listener::new(path, BACKLOG)?,
             client: None,
-            _file: file,
         })
     }
 }
@@ -64,13 +80,13 @@ impl Endpoint for Socket {
     }
 
     fn listener(&self) -> Option<BorrowedFd<'_>> {
-        self.client.is_none().then(|| self.listener.as_fd())
+        self.client.is_none().then(|| self.listener.fd.as_fd())
     }
 
     fn accept(&mut self) {
-        let accepted = accept_with(&self.listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC);
+        let accepted = self.listener.accept();
         if let Err(error) = &accepted {
-            tracing::debug!(%error, "no client of the serial socket is there any more");
+            tracing::debug!(%error, "no client of the socket is there any more");
         }
         self.client = accepted.ok();
     }

@@ -131,9 +131,7 @@ fn main() -> ExitCode {
             step / 1_000_000,
             tsc_step.round(),
         );
-        // Whoever looks sees a whole line.
-        let new = format!("{file}.new");
-        if let Err(error) = std::fs::write(&new, line).and_then(|()| std::fs::rename(&new, &file)) {
+        if let Err(error) = probes::replace(file.as_ref(), &line) {
             eprintln!("clocks: {file}: {error}");
             return ExitCode::FAILURE;
         }

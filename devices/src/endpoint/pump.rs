@@ -1,4 +1,4 @@
-//! The thread between the UART and a back end.
+//! The thread between a guest's port and a back end.
 //!
 //! ```text
 //!   running ⇄ paused (only the wake event is watched)
@@ -12,49 +12,16 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::error::SerialError;
+use super::error::EndpointError;
 use super::output::{OutputQueue, signal};
-use super::{FIFO_SIZE, Port};
+use super::{Endpoint, GuestPort, Received};
 
-/// How long waiting output may take to leave when the port stops.
+/// How long waiting output may take to leave when the pump stops.
 const GRACE: Duration = Duration::from_millis(250);
 /// How long input is left alone after [`Received::Later`].
 const LATER: Duration = Duration::from_secs(1);
-/// Most bytes written to a back end in one call.
+/// Most bytes read from a back end, or written to it, in one call.
 const CHUNK: usize = 4096;
-
-/// What reading from a back end has brought.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Received {
-    /// So many bytes.
-    Bytes(usize),
-    /// None now. When none will ever come, [`Endpoint::input`] is `None` from now on.
-    Nothing,
-    /// None, and waiting for readiness would not wait.
-    Later,
-}
-
-/// A back end, as the worker uses it. No call blocks.
-pub(super) trait Endpoint: Send {
-    /// What to watch for input.
-    fn input(&self) -> Option<BorrowedFd<'_>>;
-    /// What to watch for room for output.
-    fn output(&self) -> Option<BorrowedFd<'_>>;
-    /// What to watch for a new peer.
-    fn listener(&self) -> Option<BorrowedFd<'_>> {
-        None
-    }
-    /// Takes a new peer.
-    fn accept(&mut self) {}
-    /// No output will ever be taken any more.
-    fn output_closed(&self) -> bool {
-        false
-    }
-    /// Reads input.
-    fn read(&mut self, buffer: &mut [u8]) -> Received;
-    /// Writes output; how much was taken.
-    fn write(&mut self, bytes: &[u8]) -> usize;
-}
 
 #[derive(Default)]
 struct Control {
@@ -78,47 +45,51 @@ impl Shared {
 }
 
 /// A handle on the thread.
-pub(super) struct Worker {
+pub(crate) struct Pump {
     shared: Arc<Shared>,
     wake: Arc<OwnedFd>,
 }
 
-impl Worker {
-    pub(super) fn start(
+impl Pump {
+    /// Starts the thread; `name` is one of at most 15 bytes.
+    pub(crate) fn start(
+        name: &str,
         endpoint: Box<dyn Endpoint>,
-        port: Arc<Port>,
+        port: Arc<dyn GuestPort>,
         queue: Arc<OutputQueue>,
         wake: Arc<OwnedFd>,
-    ) -> Result<Worker, SerialError> {
+    ) -> Result<Pump, EndpointError> {
         let shared = Arc::new(Shared::default());
         let thread = {
             let (shared, wake) = (shared.clone(), wake.clone());
-            thread::Builder::new()
-                .name("serial".to_owned())
-                .spawn(move || {
-                    block_signals();
-                    let finished = Finished(&shared, &queue);
-                    Loop {
-                        endpoint,
-                        port,
-                        queue: queue.clone(),
-                        wake,
-                        shared: shared.clone(),
-                        input_from: None,
-                    }
-                    .run();
-                    drop(finished);
-                })
+            thread::Builder::new().name(name.to_owned()).spawn(move || {
+                block_signals();
+                let finished = Finished {
+                    shared: &shared,
+                    queue: &queue,
+                    port: &*port,
+                };
+                Loop {
+                    endpoint,
+                    port: port.clone(),
+                    queue: queue.clone(),
+                    wake,
+                    shared: shared.clone(),
+                    input_from: None,
+                }
+                .run();
+                drop(finished);
+            })
         };
-        shared.lock().thread = Some(thread.map_err(SerialError::Worker)?);
-        Ok(Worker { shared, wake })
+        shared.lock().thread = Some(thread.map_err(EndpointError::Worker)?);
+        Ok(Pump { shared, wake })
     }
 
-    pub(super) fn wake(&self) {
+    pub(crate) fn wake(&self) {
         signal(&self.wake);
     }
 
-    pub(super) fn pause(&self) {
+    pub(crate) fn pause(&self) {
         let mut control = self.shared.lock();
         control.paused = true;
         signal(&self.wake);
@@ -131,12 +102,12 @@ impl Worker {
         }
     }
 
-    pub(super) fn resume(&self) {
+    pub(crate) fn resume(&self) {
         self.shared.lock().paused = false;
         signal(&self.wake);
     }
 
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         let mut control = self.shared.lock();
         control.stop = true;
         let thread = control.thread.take();
@@ -149,31 +120,36 @@ impl Worker {
     }
 }
 
-impl Drop for Worker {
+impl Drop for Pump {
     fn drop(&mut self) {
         self.stop();
     }
 }
 
 /// Says that the thread has ended, however it did.
-struct Finished<'a>(&'a Shared, &'a OutputQueue);
+struct Finished<'a> {
+    shared: &'a Shared,
+    queue: &'a OutputQueue,
+    port: &'a dyn GuestPort,
+}
 
 impl Drop for Finished<'_> {
     fn drop(&mut self) {
-        let mut queue = self.1.lock();
+        let mut queue = self.queue.lock();
         queue.closed = true;
         drop(queue);
-        let mut control = self.0.lock();
+        self.port.output_left();
+        let mut control = self.shared.lock();
         control.stop = true;
         control.still = true;
-        self.0.changed.notify_all();
+        self.shared.changed.notify_all();
     }
 }
 
 /// The thread's own state.
 struct Loop {
     endpoint: Box<dyn Endpoint>,
-    port: Arc<Port>,
+    port: Arc<dyn GuestPort>,
     queue: Arc<OutputQueue>,
     wake: Arc<OwnedFd>,
     shared: Arc<Shared>,
@@ -225,7 +201,7 @@ impl Loop {
             .input_from
             .map(|from| from.saturating_duration_since(now))
             .filter(|rest| !rest.is_zero());
-        let wants_input = !paused && rest.is_none() && self.port.pending().is_empty();
+        let wants_input = !paused && rest.is_none() && self.port.input_room() > 0;
         let wants_output = !paused && !self.queue.lock().bytes.is_empty();
 
         let mut fds = vec![PollFd::new(&*self.wake, PollFlags::IN)];
@@ -258,14 +234,14 @@ impl Loop {
     }
 
     fn receive(&mut self) {
-        let mut buffer = [0; FIFO_SIZE];
+        let mut buffer = [0; CHUNK];
         self.input_from = None;
-        match self.endpoint.read(&mut buffer) {
-            Received::Bytes(count) => {
-                let mut pending = self.port.pending();
-                pending.extend_from_slice(&buffer[..count.min(FIFO_SIZE)]);
-                self.port.feed(&mut pending);
-            }
+        let room = self.port.input_room().min(CHUNK);
+        if room == 0 {
+            return;
+        }
+        match self.endpoint.read(&mut buffer[..room]) {
+            Received::Bytes(count) => self.port.input(&buffer[..count.min(room)]),
             Received::Nothing => {}
             Received::Later => self.input_from = Some(Instant::now() + LATER),
         }
@@ -281,6 +257,8 @@ impl Loop {
             queue.closed = true;
             queue.bytes.clear();
         }
+        drop(queue);
+        self.port.output_left();
     }
 
     /// Gives waiting output some time to leave.

@@ -1,0 +1,109 @@
+//! Feature bits (section 5.1.3) and what they mean for a TAP interface.
+
+use super::tap::TapOffloads;
+
+pub(super) const CSUM: u64 = 1 << 0;
+pub(super) const GUEST_CSUM: u64 = 1 << 1;
+pub(super) const CTRL_GUEST_OFFLOADS: u64 = 1 << 2;
+pub(super) const MTU: u64 = 1 << 3;
+pub(super) const MAC: u64 = 1 << 5;
+pub(super) const GUEST_TSO4: u64 = 1 << 7;
+pub(super) const GUEST_TSO6: u64 = 1 << 8;
+pub(super) const GUEST_ECN: u64 = 1 << 9;
+pub(super) const GUEST_UFO: u64 = 1 << 10;
+pub(super) const HOST_TSO4: u64 = 1 << 11;
+pub(super) const HOST_TSO6: u64 = 1 << 12;
+pub(super) const HOST_ECN: u64 = 1 << 13;
+pub(super) const HOST_UFO: u64 = 1 << 14;
+pub(super) const MRG_RXBUF: u64 = 1 << 15;
+pub(super) const STATUS: u64 = 1 << 16;
+pub(super) const CTRL_VQ: u64 = 1 << 17;
+pub(super) const CTRL_RX: u64 = 1 << 18;
+pub(super) const GUEST_ANNOUNCE: u64 = 1 << 21;
+pub(super) const MQ: u64 = 1 << 22;
+pub(super) const CTRL_MAC_ADDR: u64 = 1 << 23;
+pub(super) const GUEST_USO4: u64 = 1 << 54;
+pub(super) const GUEST_USO6: u64 = 1 << 55;
+pub(super) const HOST_USO: u64 = 1 << 56;
+
+/// Packets larger than the MTU that the driver takes.
+const LARGE: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO | GUEST_USO4 | GUEST_USO6;
+/// What a driver may switch by VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET.
+pub(super) const GUEST_OFFLOADS: u64 = LARGE | GUEST_CSUM | GUEST_ECN;
+
+/// What a device offers on such an interface.
+pub(super) fn offered(offloads: TapOffloads, mtu: bool, several_pairs: bool) -> u64 {
+    let mut features = CSUM
+        | GUEST_CSUM
+        | CTRL_GUEST_OFFLOADS
+        | MAC
+        | GUEST_TSO4
+        | GUEST_TSO6
+        | GUEST_ECN
+        | HOST_TSO4
+        | HOST_TSO6
+        | HOST_ECN
+        | MRG_RXBUF
+        | STATUS
+        | CTRL_VQ
+        | CTRL_RX
+        | GUEST_ANNOUNCE
+        | CTRL_MAC_ADDR;
+    for (has, bits) in [
+        (offloads.ufo, GUEST_UFO | HOST_UFO),
+        (offloads.uso, GUEST_USO4 | GUEST_USO6 | HOST_USO),
+        (mtu, MTU),
+        (several_pairs, MQ),
+    ] {
+        if has {
+            features |= bits;
+        }
+    }
+    features
+}
+
+/// Whether packets larger than the MTU may come in.
+pub(super) fn large_packets(guest_offloads: u64) -> bool {
+    guest_offloads & LARGE != 0
+}
+
+/// The TUNSETOFFLOAD flags for these bits. The system refuses one without those that it builds on: large packets need checksums, ECN needs
+/// TCP, and UDP data goes for both versions of IP or none.
+pub(super) fn tap_flags(guest_offloads: u64) -> u32 {
+    let has = |bits| guest_offloads & bits == bits;
+    if !has(GUEST_CSUM) {
+        return 0;
+    }
+    let mut flags = libc::TUN_F_CSUM;
+    for (bits, flag) in [
+        (GUEST_TSO4, libc::TUN_F_TSO4),
+        (GUEST_TSO6, libc::TUN_F_TSO6),
+        (GUEST_UFO, libc::TUN_F_UFO),
+        (GUEST_USO4 | GUEST_USO6, libc::TUN_F_USO4 | libc::TUN_F_USO6),
+    ] {
+        if has(bits) {
+            flags |= flag;
+        }
+    }
+    if has(GUEST_ECN) && flags & (libc::TUN_F_TSO4 | libc::TUN_F_TSO6) != 0 {
+        flags |= libc::TUN_F_TSO_ECN;
+    }
+    flags
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn flags_that_build_on_others_come_with_them() {
+        assert_eq!(tap_flags(GUEST_TSO4 | GUEST_ECN | GUEST_UFO), 0);
+        assert_eq!(tap_flags(GUEST_CSUM | GUEST_ECN), libc::TUN_F_CSUM);
+        assert_eq!(tap_flags(GUEST_CSUM | GUEST_USO4), libc::TUN_F_CSUM);
+        assert_eq!(tap_flags(GUEST_OFFLOADS), 0x7f);
+        assert_eq!(
+            tap_flags(GUEST_CSUM | GUEST_TSO6 | GUEST_ECN),
+            libc::TUN_F_CSUM | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN
+        );
+    }
+}
