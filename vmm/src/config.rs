@@ -14,6 +14,12 @@ use serde::{Deserialize, Serialize};
 use memory::{Backing, PAGE_SIZE};
 
 mod absent;
+mod devices;
+
+pub use devices::{
+    BalloonConfig, DiskConfig, NetConfig, RateLimiterConfig, RngConfig, TokenBucketConfig,
+    VsockConfig, urandom,
+};
 
 /// A configuration that cannot be used: which field, why, and what to do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -56,9 +62,35 @@ pub struct VmConfig {
     /// The first serial port.
     #[serde(default)]
     pub serial: SerialConfig,
-    /// The virtio console, which does not exist yet: only `Off` and `Null`.
-    #[serde(default)]
-    pub console: ConsoleConfig,
+    /// The virtio console.
+    #[serde(default = "off", deserialize_with = "null_is_off")]
+    pub console: SerialConfig,
+    /// The source of random numbers, which a guest always has.
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub rng: RngConfig,
+    /// The balloon, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
+    /// Connections between guest and host without a network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// The guest can say that its kernel has panicked.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pvpanic: bool,
+    /// Disks.
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "null_is_default"
+    )]
+    pub disks: Vec<DiskConfig>,
+    /// Network interfaces.
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "null_is_default"
+    )]
+    pub net: Vec<NetConfig>,
     /// Which hypervisor; the host's own by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<HypervisorKind>,
@@ -83,7 +115,7 @@ pub struct CpusConfig {
     #[serde(
         default,
         skip_serializing_if = "BTreeMap::is_empty",
-        deserialize_with = "null_is_empty"
+        deserialize_with = "null_is_default"
     )]
     pub features: BTreeMap<String, bool>,
 }
@@ -144,9 +176,9 @@ fn is_host_model(model: &str) -> bool {
 }
 
 /// Cloud Hypervisor's clients may write `null`.
-fn null_is_empty<'de, D: serde::Deserializer<'de>>(
+fn null_is_default<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Default>(
     deserializer: D,
-) -> Result<BTreeMap<String, bool>, D::Error> {
+) -> Result<T, D::Error> {
     Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
@@ -196,7 +228,7 @@ pub struct PayloadConfig {
     pub initramfs: Option<PathBuf>,
 }
 
-/// Where a serial port leads.
+/// Where a serial port or console leads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SerialMode {
     /// There is no port.
@@ -214,7 +246,7 @@ pub enum SerialMode {
     Socket,
 }
 
-/// The first serial port.
+/// The first serial port, or the console.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SerialConfig {
@@ -231,22 +263,53 @@ pub struct SerialConfig {
     pub iommu: bool,
 }
 
+/// Paths of an end's fields.
+struct EndNames {
+    file: &'static str,
+    socket: &'static str,
+    iommu: &'static str,
+}
+
+const SERIAL: EndNames = EndNames {
+    file: "serial.file",
+    socket: "serial.socket",
+    iommu: "serial.iommu",
+};
+const CONSOLE: EndNames = EndNames {
+    file: "console.file",
+    socket: "console.socket",
+    iommu: "console.iommu",
+};
+
+fn off() -> SerialConfig {
+    SerialConfig {
+        mode: SerialMode::Off,
+        ..SerialConfig::default()
+    }
+}
+
+fn null_is_off<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<SerialConfig, D::Error> {
+    Option::deserialize(deserializer).map(|console| console.unwrap_or_else(off))
+}
+
 impl SerialConfig {
-    fn validate(&self) -> Result<(), ConfigError> {
+    fn validate(&self, names: &EndNames) -> Result<(), ConfigError> {
         match self.mode {
             SerialMode::File if self.file.is_none() => Err(field(
-                "serial.file",
-                "missing although serial.mode is File",
+                names.file,
+                "missing although the mode is File",
                 "name the file that the guest's output is appended to",
             )),
             SerialMode::Socket if self.socket.is_none() => Err(field(
-                "serial.socket",
-                "missing although serial.mode is Socket",
+                names.socket,
+                "missing although the mode is Socket",
                 "name the unix socket to create",
             )),
             _ if self.iommu => Err(field(
-                "serial.iommu",
-                "a serial port is never behind an IOMMU",
+                names.iommu,
+                "it is never behind an IOMMU",
                 "leave it out",
             )),
             _ => Ok(()),
@@ -289,22 +352,6 @@ impl std::str::FromStr for SerialConfig {
     }
 }
 
-/// The virtio console, which does not exist yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ConsoleConfig {
-    /// `Off` or `Null`.
-    pub mode: SerialMode,
-}
-
-impl Default for ConsoleConfig {
-    fn default() -> Self {
-        Self {
-            mode: SerialMode::Off,
-        }
-    }
-}
-
 /// Most vCPUs of a machine: one xAPIC id each, and 255 is the broadcast.
 pub const MAX_VCPUS: u32 = 254;
 
@@ -332,6 +379,7 @@ impl VmConfig {
         if self.cpus.max_vcpus == 0 {
             self.cpus.max_vcpus = self.cpus.boot_vcpus;
         }
+        self.normalise_devices();
     }
 
     /// Checks everything that can be checked without touching the host.
@@ -382,12 +430,14 @@ impl VmConfig {
                 "name an ELF kernel with a PVH note or a bzImage",
             ));
         }
-        self.serial.validate()?;
-        if !matches!(self.console.mode, SerialMode::Off | SerialMode::Null) {
+        self.serial.validate(&SERIAL)?;
+        self.console.validate(&CONSOLE)?;
+        self.validate_devices()?;
+        if self.console.mode == SerialMode::Tty && self.serial.mode == SerialMode::Tty {
             return Err(field(
                 "console.mode",
-                "this version has no virtio console",
-                "use Off, and the serial port instead",
+                "Tty, as serial.mode is",
+                "let one of them lead elsewhere: there is one standard input",
             ));
         }
         Ok(())

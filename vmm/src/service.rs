@@ -3,13 +3,14 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU16;
+use std::path::PathBuf;
 use std::sync::mpsc;
 
 use arch::x86_64::cpu_model::CpuDump;
 use hypervisor::HypervisorKind;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{SerialConfig, VmConfig};
+use crate::config::{DiskConfig, NetConfig, SerialConfig, VmConfig};
 use crate::job::{JobId, JobInfo};
 
 /// A request to the machine's thread.
@@ -35,6 +36,16 @@ pub enum Request {
     Shutdown,
     /// Press the ACPI power button.
     PowerButton,
+    /// Add a disk.
+    AddDisk(Box<DiskConfig>),
+    /// Add a network interface.
+    AddNet(Box<NetConfig>),
+    /// Take a device away, once the guest lets it go.
+    RemoveDevice(RemoveDevice),
+    /// Change sizes.
+    Resize(Resize),
+    /// Change the size of a disk.
+    ResizeDisk(ResizeDisk),
     /// Forget the config.
     Delete,
     /// Start to move the machine away: answers with the job.
@@ -64,6 +75,8 @@ pub enum Response {
     Counters(BTreeMap<String, BTreeMap<String, u64>>),
     /// For [`Request::CpuDump`].
     CpuDump(Box<CpuDump>),
+    /// A device has been added.
+    Device(DeviceInfo),
     /// A job has started.
     JobStarted(JobId),
     /// For [`Request::Jobs`].
@@ -101,6 +114,49 @@ pub struct VmInfo {
     /// The hypervisor that runs it, once it has been built.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<String>,
+}
+
+/// What `vm.add-disk` and `vm.add-net` answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Its name in the machine.
+    pub id: String,
+    /// Where the guest finds it: segment, bus, device and function. None for a machine that has not been booted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bdf: Option<String>,
+}
+
+/// The body of `vm.remove-device`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RemoveDevice {
+    /// Which.
+    pub id: String,
+}
+
+/// The body of `vm.resize`: what is absent stays as it is.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// vCPUs; only the number that there are, for there is no vCPU hotplug.
+    #[serde(default)]
+    pub desired_vcpus: Option<u32>,
+    /// RAM in bytes; only what there is, for there is no memory hotplug.
+    #[serde(default)]
+    pub desired_ram: Option<u64>,
+    /// Bytes that the guest gives back by its balloon.
+    #[serde(default)]
+    pub desired_balloon: Option<u64>,
+}
+
+/// The body of `vm.resize-disk`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeDisk {
+    /// Which.
+    pub id: String,
+    /// Size in bytes, a multiple of 512. An image only grows.
+    pub desired_size: u64,
 }
 
 /// The body of `vm.send-migration`.
@@ -167,6 +223,21 @@ pub struct ReceiveMigration {
     /// Which hypervisor runs it here; this host's own by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<HypervisorKind>,
+    /// Where its console leads here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<SerialConfig>,
+    /// Its vsock's socket here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<PathBuf>,
+    /// Images of the guest's disks here, by the disks' ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disks: BTreeMap<String, PathBuf>,
+    /// TAPs of its network interfaces here, by their ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub taps: BTreeMap<String, String>,
+    /// What neither says is named here as at the source, which may then choose any file of this host.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub trust_source: bool,
     /// The guest's TSC may run at another frequency here: for guests that do not tell the time by it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_tsc_change: bool,

@@ -1,7 +1,7 @@
 //! Fixed guest-physical addresses and interrupt numbers.
 //!
 //! ```text
-//! 0x0000_0500  boot GDT                     0xc000_0000  end of low RAM, MMIO hole begins
+//! 0x0000_0500  boot GDT                     0xc000_0000  end of low RAM, MMIO hole begins: PCI BARs
 //! 0x0000_6000  PVH start info               0xe000_0000  PCI ECAM window (when there is PCI)
 //! 0x0000_7000  Linux zero page              0xfec0_0000  IOAPIC
 //! 0x0000_9000  boot page tables             0xfee0_0000  local APICs
@@ -39,6 +39,10 @@ pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where the kernel may begin.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
+/// Where PCI devices' BARs are.
+pub const PCI_MMIO_BASE: u64 = MMIO_HOLE_START;
+/// Length of that window.
+pub const PCI_MMIO_SIZE: u64 = PCI_ECAM_BASE - PCI_MMIO_BASE;
 /// PCI ECAM window, when there is PCI; always kept free.
 pub const PCI_ECAM_BASE: u64 = 0xe000_0000;
 /// ECAM window size: 256 buses of 1 MiB.
@@ -73,8 +77,14 @@ pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
 pub const ACPI_RESET_PORT: u16 = 0x602;
 /// Written to [`ACPI_RESET_PORT`] to reset.
 pub const ACPI_RESET_VALUE: u8 = 1;
-/// Event flags of the generic event device (8 bit, read clears): bit 0 is the power button.
+/// Event flags of the generic event device (8 bit, read clears): bit 0 is the power button, bit 1 are PCI slots.
 pub const ACPI_EVENT_PORT: u16 = 0x604;
+/// pvpanic (QEMU `docs/specs/pvpanic.rst`).
+pub const PVPANIC_PORT: u16 = 0x505;
+/// PCI hotplug registers (three of 32 bits, a bit a slot): inserted, leaving (reading clears either), eject.
+pub const PCI_HOTPLUG_PORT: u16 = 0x610;
+/// Slots of the PCI bus, of which the first is the host bridge's.
+pub const PCI_SLOTS: u8 = 32;
 /// The generic event device's interrupt (edge).
 pub const ACPI_EVENT_IRQ: u32 = 5;
 /// SLP_TYP value for S5 (soft off) in the DSDT's `_S5_`.

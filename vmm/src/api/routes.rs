@@ -55,6 +55,11 @@ pub fn router(service: Service) -> Router {
         .route(&path("vm.create"), put(create))
         .route(&path("vm.info"), get(info))
         .route(&path("vm.counters"), get(counters))
+        .route(&path("vm.add-disk"), put(add_disk))
+        .route(&path("vm.add-net"), put(add_net))
+        .route(&path("vm.remove-device"), put(remove_device))
+        .route(&path("vm.resize"), put(resize))
+        .route(&path("vm.resize-disk"), put(resize_disk))
         .route(&path("vm.send-migration"), put(send_migration))
         .route(&path("vm.receive-migration"), put(receive_migration))
         .route(&path("cpu"), get(cpu))
@@ -104,6 +109,33 @@ async fn counters(State(service): State<Service>) -> Answer {
         Response::Counters(counters) => Ok(json(StatusCode::OK, &counters)),
         other => Err(unexpected(&other)),
     }
+}
+
+async fn add_disk(State(service): State<Service>, Body(body): Body) -> Answer {
+    added(&ask(&service, Request::AddDisk(Box::new(parse(&body)?))).await?)
+}
+
+async fn add_net(State(service): State<Service>, Body(body): Body) -> Answer {
+    added(&ask(&service, Request::AddNet(Box::new(parse(&body)?))).await?)
+}
+
+fn added(response: &Response) -> Answer {
+    match response {
+        Response::Device(device) => Ok(json(StatusCode::OK, device)),
+        other => Err(unexpected(other)),
+    }
+}
+
+async fn remove_device(State(service): State<Service>, Body(body): Body) -> Answer {
+    done(ask(&service, Request::RemoveDevice(parse(&body)?)).await)
+}
+
+async fn resize(State(service): State<Service>, Body(body): Body) -> Answer {
+    done(ask(&service, Request::Resize(parse(&body)?)).await)
+}
+
+async fn resize_disk(State(service): State<Service>, Body(body): Body) -> Answer {
+    done(ask(&service, Request::ResizeDisk(parse(&body)?)).await)
 }
 
 /// This host, as [`cpu_compare`] and [`cpu_baseline`] take it.

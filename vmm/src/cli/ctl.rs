@@ -54,6 +54,50 @@ enum CtlRequest {
     Shutdown,
     /// Press its power button.
     PowerButton,
+    /// Add a disk; prints its id and where the guest finds it.
+    AddDisk {
+        /// A raw image or a block device.
+        path: PathBuf,
+        /// Its name in the machine.
+        #[arg(long)]
+        id: Option<String>,
+        /// The guest cannot write it.
+        #[arg(long)]
+        readonly: bool,
+        /// Past the host's page cache.
+        #[arg(long)]
+        direct: bool,
+    },
+    /// Add a network interface; prints its id and where the guest finds it.
+    AddNet {
+        /// The host's TAP, made if it is not there.
+        #[arg(long)]
+        tap: Option<String>,
+        /// Its name in the machine.
+        #[arg(long)]
+        id: Option<String>,
+        /// The guest's MAC address.
+        #[arg(long)]
+        mac: Option<String>,
+    },
+    /// Take a disk or network interface away: asks the guest, which lets it go or does not.
+    RemoveDevice {
+        /// Its name in the machine.
+        id: String,
+    },
+    /// Change what the guest gives back by its balloon.
+    Resize {
+        /// Bytes, a multiple of 4096.
+        #[arg(long)]
+        balloon: u64,
+    },
+    /// Grow the image of a disk, and tell the guest.
+    ResizeDisk {
+        /// Its name in the machine.
+        id: String,
+        /// Bytes, a multiple of 512.
+        size: u64,
+    },
     /// Forget the config, so that another can be given.
     Delete,
     /// All jobs.
@@ -130,6 +174,34 @@ fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, Cl
         CtlRequest::Reboot => client.put("vm.reboot"),
         CtlRequest::Shutdown => client.put("vm.shutdown"),
         CtlRequest::PowerButton => client.put("vm.power-button"),
+        CtlRequest::AddDisk {
+            path,
+            id,
+            readonly,
+            direct,
+        } => {
+            // Seen from there, a relative path would be another one.
+            let path =
+                std::path::absolute(path).with_context(|| format!("disk {}", path.display()))?;
+            let body = json!({"path": path, "id": id, "readonly": readonly, "direct": direct});
+            client.put_json("vm.add-disk", body.to_string().into_bytes())
+        }
+        CtlRequest::AddNet { tap, id, mac } => {
+            let body = json!({"tap": tap, "id": id, "mac": mac});
+            client.put_json("vm.add-net", body.to_string().into_bytes())
+        }
+        CtlRequest::RemoveDevice { id } => client.put_json(
+            "vm.remove-device",
+            json!({ "id": id }).to_string().into_bytes(),
+        ),
+        CtlRequest::Resize { balloon } => {
+            let body = json!({ "desired_balloon": balloon });
+            client.put_json("vm.resize", body.to_string().into_bytes())
+        }
+        CtlRequest::ResizeDisk { id, size } => {
+            let body = json!({"id": id, "desired_size": size});
+            client.put_json("vm.resize-disk", body.to_string().into_bytes())
+        }
         CtlRequest::Delete => client.put("vm.delete"),
         CtlRequest::Jobs => client.get("jobs"),
         CtlRequest::Job { id } => client.get(&format!("jobs/{id}")),

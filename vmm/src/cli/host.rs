@@ -123,7 +123,16 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
     let receive = ReceiveMigration {
         receiver_url: args.url,
         serial: args.serial,
+        console: args.console,
+        vsock: args.vsock,
         hypervisor: args.hypervisor.map(Into::into),
+        disks: args
+            .disks
+            .into_iter()
+            .map(|(id, path)| (id, path.into()))
+            .collect(),
+        taps: args.taps.into_iter().collect(),
+        trust_source: args.trust_source,
         allow_tsc_change: args.allow_tsc_change,
     };
     let id = match service.call(Request::Receive(receive)) {

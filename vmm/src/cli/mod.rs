@@ -149,7 +149,8 @@ Examples:
   vmm receive tcp:0.0.0.0:4600
   vmm receive tcp:[::1]:0 --serial file=/var/log/vm1.log
   vmm receive unix:/run/move.sock --api-socket /run/vm1.sock
-  vmm receive tcp:0.0.0.0:4600 --hypervisor mshv")]
+  vmm receive tcp:0.0.0.0:4600 --hypervisor mshv
+  vmm receive tcp:0.0.0.0:4600 --disk root=/srv/vm1.img --tap _net0=vmtap3")]
 struct ReceiveArgs {
     /// Where to listen: `tcp:HOST:PORT` (port 0 picks one) or `unix:PATH`.
     url: String,
@@ -163,10 +164,35 @@ struct ReceiveArgs {
     /// Which hypervisor runs the machine here [default: mshv where /dev/mshv exists, else kvm]
     #[arg(long, value_name = "NAME")]
     hypervisor: Option<HypervisorName>,
+    /// Where the guest's console leads here: as for --serial.
+    #[arg(long, value_name = "WHERE")]
+    console: Option<SerialConfig>,
+    /// The unix socket of the guest's vsock here.
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
+    /// The image of one of the guest's disks here; may be given for each.
+    #[arg(long = "disk", value_name = "ID=PATH", value_parser = pair)]
+    disks: Vec<(String, String)>,
+    /// The TAP of one of the guest's network interfaces here; may be given for each.
+    #[arg(long = "tap", value_name = "ID=NAME", value_parser = pair)]
+    taps: Vec<(String, String)>,
+    /// Images and TAPs that are not given are named here as at the source. The source may then choose any file of this host.
+    #[arg(long)]
+    trust_source: bool,
     /// Take the guest even if its TSC runs at another frequency here, which it is not told of: for guests that do not tell
     /// the time by it.
     #[arg(long)]
     allow_tsc_change: bool,
+}
+
+/// `ID=WHERE`.
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((id, place)) if !id.is_empty() && !place.is_empty() => {
+            Ok((id.to_owned(), place.to_owned()))
+        }
+        _ => Err("give the device's id, `=`, and where it leads".to_owned()),
+    }
 }
 
 /// Move the machine of a running vmm to another one that waits with `vmm receive`.

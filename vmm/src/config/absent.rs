@@ -4,12 +4,9 @@ use serde_json::{Map, Value};
 
 use super::{ConfigError, field};
 
-/// The keys; one with a dot is inside of a section.
+/// The keys; one with a dot is inside of a section, or of every item of a list.
 const KNOWN: &[&str] = &[
-    "balloon",
-    "console.file",
-    "console.iommu",
-    "console.socket",
+    "balloon.id",
     "cpus.affinity",
     "cpus.core_scheduling",
     "cpus.kvm_hyperv",
@@ -17,7 +14,14 @@ const KNOWN: &[&str] = &[
     "cpus.nested",
     "debug_console",
     "devices",
-    "disks",
+    "disks.backing_files",
+    "disks.disable_aio",
+    "disks.iommu",
+    "disks.pci_segment",
+    "disks.queue_affinity",
+    "disks.rate_limit_group",
+    "disks.vhost_socket",
+    "disks.vhost_user",
     "fs",
     "iommu",
     "landlock_enable",
@@ -29,7 +33,12 @@ const KNOWN: &[&str] = &[
     "memory.prefault",
     "memory.reserve",
     "memory.zones",
-    "net",
+    "net.fds",
+    "net.iommu",
+    "net.pci_segment",
+    "net.rate_limiter_config",
+    "net.vhost_socket",
+    "net.vhost_user",
     "numa",
     "payload.firmware",
     "payload.host_data",
@@ -38,14 +47,15 @@ const KNOWN: &[&str] = &[
     "platform",
     "pmem",
     "pvmemcontrol",
-    "pvpanic",
     "rate_limit_groups",
-    "rng",
+    "rng.iommu",
     "sgx_epc",
     "tpm",
     "user_devices",
     "vdpa",
-    "vsock",
+    "vsock.id",
+    "vsock.iommu",
+    "vsock.pci_segment",
     "watchdog",
 ];
 
@@ -56,14 +66,20 @@ pub(super) fn strip(config: &mut Value) -> Result<(), ConfigError> {
         return Ok(());
     };
     for &path in KNOWN {
-        let removed = match path.split_once('.') {
-            None => config.remove(path),
-            Some((section, key)) => config
-                .get_mut(section)
-                .and_then(Value::as_object_mut)
-                .and_then(|section: &mut Map<_, _>| section.remove(key)),
+        let removed: Vec<Value> = match path.split_once('.') {
+            None => config.remove(path).into_iter().collect(),
+            Some((section, key)) => {
+                let sections = match config.get_mut(section) {
+                    Some(Value::Array(items)) => items.iter_mut().collect(),
+                    section => section.into_iter().collect::<Vec<_>>(),
+                };
+                let sections = sections.into_iter().filter_map(Value::as_object_mut);
+                sections
+                    .filter_map(|section: &mut Map<_, _>| section.remove(key))
+                    .collect()
+            }
         };
-        if removed.is_some_and(|value| !asks_for_nothing(path, &value)) {
+        if removed.iter().any(|value| !asks_for_nothing(path, value)) {
             return Err(field(
                 path,
                 "asks for a feature that this version does not have",

@@ -130,7 +130,8 @@ fn a_full_config_that_asks_for_nothing_special_is_accepted() {
             "prefault": false, "zones": null, "thp": true,
         },
         "payload": {"firmware": null, "cmdline": "quiet", "initramfs": null, "igvm": null},
-        "rate_limit_groups": null, "disks": [], "net": null, "rng": null, "balloon": null, "fs": [],
+        "rate_limit_groups": null, "disks": [{"path": "a", "iommu": false, "vhost_user": false, "vhost_socket": null, "pci_segment": 0}],
+        "net": null, "rng": {"src": "/dev/urandom", "iommu": false}, "balloon": null, "fs": [],
         "pmem": null, "serial": {"file": null, "mode": "Null", "iommu": false, "socket": null},
         "console": {"file": null, "mode": "Off", "iommu": false, "socket": null},
         "debug_console": null, "devices": [], "user_devices": null, "vdpa": null, "vsock": null,
@@ -144,9 +145,15 @@ fn a_full_config_that_asks_for_nothing_special_is_accepted() {
 #[test]
 fn features_that_do_not_exist_are_refused_by_name() {
     let wanted = [
-        ("disks", json!({"disks": [{"path": "disk.raw"}]})),
-        ("net", json!({"net": [{"tap": "tap0"}]})),
-        ("rng", json!({"rng": {"src": "/dev/urandom"}})),
+        (
+            "disks.vhost_socket",
+            json!({"disks": [{"path": "disk.raw"}, {"path": "", "vhost_socket": "s"}]}),
+        ),
+        ("net.vhost_user", json!({"net": [{"vhost_user": true}]})),
+        (
+            "vsock.iommu",
+            json!({"vsock": {"cid": 3, "socket": "s", "iommu": true}}),
+        ),
         ("watchdog", json!({"watchdog": true})),
         ("platform", json!({"platform": {"num_pci_segments": 2}})),
         (
@@ -168,10 +175,6 @@ fn features_that_do_not_exist_are_refused_by_name() {
         (
             "payload.firmware",
             json!({"payload": {"firmware": "hypervisor-fw"}}),
-        ),
-        (
-            "console.file",
-            json!({"console": {"mode": "Off", "file": "log"}}),
         ),
     ];
     for (name, over) in wanted {
@@ -311,13 +314,73 @@ fn bad_values_name_the_field_and_the_fix() {
         ),
         (
             "console.mode",
-            "use Off",
-            json!({"console": {"mode": "Tty"}}),
+            "lead elsewhere",
+            json!({"console": {"mode": "Tty"}, "serial": {"mode": "Tty"}}),
         ),
         (
-            "console.mode",
-            "use Off",
-            json!({"console": {"mode": "Pty"}}),
+            "console.socket",
+            "name the unix socket",
+            json!({"console": {"mode": "Socket"}}),
+        ),
+        (
+            "disks.queue_size",
+            "power of two",
+            json!({"disks": [{"path": "a", "queue_size": 100}]}),
+        ),
+        (
+            "disks.num_queues",
+            "use 1 to 64",
+            json!({"disks": [{"path": "a", "num_queues": 65}]}),
+        ),
+        (
+            "disks.serial",
+            "shorten it",
+            json!({"disks": [{"path": "a", "serial": "123456789012345678901"}]}),
+        ),
+        (
+            "disks.rate_limiter_config",
+            "greater than zero",
+            json!({"disks": [{"path": "a", "rate_limiter_config": {"ops": {"size": 0, "refill_time": 1}}}]}),
+        ),
+        (
+            "id",
+            "each device its own",
+            json!({"disks": [{"path": "a", "id": "x"}], "net": [{"id": "x"}]}),
+        ),
+        (
+            "id",
+            "letters",
+            json!({"disks": [{"path": "a", "id": "../x"}]}),
+        ),
+        (
+            "pci_slot",
+            "use 1 to 31",
+            json!({"disks": [{"path": "a", "pci_slot": 32}]}),
+        ),
+        (
+            "pci_slot",
+            "each once",
+            json!({"disks": [{"path": "a", "pci_slot": 7}], "net": [{"pci_slot": 7}]}),
+        ),
+        (
+            "net.num_queues",
+            "an even number",
+            json!({"net": [{"num_queues": 3}]}),
+        ),
+        (
+            "net.mac",
+            "give each interface its own",
+            json!({"net": [{"mac": "52:54:00:00:00:01"}, {"mac": "52:54:00:00:00:01"}]}),
+        ),
+        (
+            "balloon.size",
+            "multiple of 4096",
+            json!({"balloon": {"size": 1}}),
+        ),
+        (
+            "vsock.cid",
+            "use 3",
+            json!({"vsock": {"cid": 2, "socket": "s"}}),
         ),
     ];
     for (name, fix, over) in wrong {

@@ -21,7 +21,7 @@ struct Counts {
 /// The machine's buses.
 pub(super) struct MachineBus {
     pio: Bus,
-    mmio: Bus,
+    mmio: Arc<Bus>,
     ioapic: Arc<Ioapic>,
     counts: Counts,
 }
@@ -31,7 +31,7 @@ fn count(counter: &AtomicU64) {
 }
 
 impl MachineBus {
-    pub(super) fn new(pio: Bus, mmio: Bus, ioapic: Arc<Ioapic>) -> Self {
+    pub(super) fn new(pio: Bus, mmio: Arc<Bus>, ioapic: Arc<Ioapic>) -> Self {
         Self {
             pio,
             mmio,

@@ -66,9 +66,25 @@ impl Demands {
         }
     }
 
+    /// The guest has let a device go. Called on a vCPU's thread; does not block.
+    pub(super) fn ejected(&self, id: String) {
+        let _ = self.events.send(Event::Ejected(self.machine, id));
+    }
+
     /// The demand that has not been served yet.
     pub(crate) fn pending(&self) -> Option<Demand> {
         self.first().clone()
+    }
+}
+
+impl devices::PanicSink for Demands {
+    fn guest_panicked(&self, crash_loaded: bool) {
+        let more = if crash_loaded {
+            "; it has a crash kernel"
+        } else {
+            ""
+        };
+        tracing::error!("the guest's kernel has panicked{more}");
     }
 }
 

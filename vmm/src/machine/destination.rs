@@ -1,5 +1,7 @@
 //! The machine as the destination of a move: built from a manifest, not running until the commit.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
@@ -17,15 +19,84 @@ use crate::config::{SerialConfig, SerialMode, VmConfig};
 /// A machine on its way in.
 pub(super) struct MovingIn {
     machine: u64,
-    serial: Option<SerialConfig>,
     hypervisor: Option<HypervisorKind>,
     /// A TSC of another frequency is better than no guest.
     tsc_may_change: bool,
     /// It gets one.
     tsc_changes: bool,
+    ends: Ends,
     events: Sender<Event>,
     instance: Option<Arc<Instance>>,
     run_state: RunState,
+}
+
+/// Where the guest's devices lead at this host.
+#[derive(Debug, Default)]
+pub(super) struct Ends {
+    pub(super) serial: Option<SerialConfig>,
+    pub(super) console: Option<SerialConfig>,
+    pub(super) vsock: Option<PathBuf>,
+    pub(super) disks: BTreeMap<String, PathBuf>,
+    pub(super) taps: BTreeMap<String, String>,
+    pub(super) trust_source: bool,
+}
+
+impl Ends {
+    /// Whoever connects must not choose which files and interfaces of this host are used, unless the operator lets it.
+    fn apply(&self, config: &mut VmConfig) -> Result<(), Refusal> {
+        let untold = |what: &str, id: &str, option: &str| {
+            let detail = format!(
+                "{what} {id} leads to a file or interface of the source's host: say where it leads at the destination ({option}), or \
+                 that the source may say it (`--trust-source`)"
+            );
+            refuse(RefusalKind::Device, detail)
+        };
+        for disk in &mut config.disks {
+            let id = disk.id.clone().unwrap_or_default();
+            match self.disks.get(&id) {
+                Some(path) => disk.path.clone_from(path),
+                None if self.trust_source => {}
+                None => return Err(untold("disk", &id, "`vmm receive --disk ID=PATH`")),
+            }
+        }
+        for net in &mut config.net {
+            let id = net.id.clone().unwrap_or_default();
+            match self.taps.get(&id) {
+                Some(tap) => net.tap = Some(tap.clone()),
+                None if self.trust_source => {}
+                // A new interface without a name harms nobody.
+                None if net.tap.is_none() && net.ip.is_none() => {}
+                None => {
+                    return Err(untold(
+                        "network interface",
+                        &id,
+                        "`vmm receive --tap ID=NAME`",
+                    ));
+                }
+            }
+        }
+        if let Some(vsock) = &mut config.vsock {
+            match &self.vsock {
+                Some(path) => vsock.socket.clone_from(path),
+                None if self.trust_source => {}
+                None => {
+                    return Err(untold(
+                        "vsock",
+                        &vsock.socket.display().to_string(),
+                        "`vmm receive --vsock PATH`",
+                    ));
+                }
+            }
+        }
+        if config.rng.src != crate::config::urandom() && !self.trust_source {
+            return Err(untold(
+                "the source of random numbers",
+                &config.rng.src.display().to_string(),
+                "there is no option for it",
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// A machine that has arrived.
@@ -37,17 +108,17 @@ pub(crate) struct Arrived {
 impl MovingIn {
     pub(super) fn new(
         machine: u64,
-        serial: Option<SerialConfig>,
         hypervisor: Option<HypervisorKind>,
         tsc_may_change: bool,
+        ends: Ends,
         events: Sender<Event>,
     ) -> Self {
         Self {
             machine,
-            serial,
             hypervisor,
             tsc_may_change,
             tsc_changes: false,
+            ends,
             events,
             instance: None,
             run_state: RunState::Paused,
@@ -69,19 +140,49 @@ impl MovingIn {
             .map_err(|e| refuse(RefusalKind::Config, e.to_string()))?;
         // Which hypervisor the source's host has says nothing about this one.
         config.hypervisor = self.hypervisor;
-        match &self.serial {
-            Some(serial) => config.serial = serial.clone(),
-            // Whoever connects must not choose which files of this host are made or written.
-            None if matches!(config.serial.mode, SerialMode::File | SerialMode::Socket) => {
-                return Err(refuse(
-                    RefusalKind::Device,
-                    "the guest's serial port leads to a file or socket of the source's host: say where it leads \
-                     at the destination (`vmm receive --serial …`, or `serial` in vm.receive-migration)"
-                        .into(),
-                ));
+        let here = [
+            (
+                "serial port",
+                "serial",
+                &mut config.serial,
+                &self.ends.serial,
+            ),
+            (
+                "console",
+                "console",
+                &mut config.console,
+                &self.ends.console,
+            ),
+        ];
+        for (what, option, end, wanted) in here {
+            match wanted {
+                // A device cannot come or go with a move, as a serial port can.
+                Some(wanted)
+                    if option == "console"
+                        && (wanted.mode == SerialMode::Off) != (end.mode == SerialMode::Off) =>
+                {
+                    let detail =
+                        "the guest has a console where none is wanted here, or the other way round"
+                            .to_owned();
+                    return Err(refuse(RefusalKind::Device, detail));
+                }
+                Some(wanted) => end.clone_from(wanted),
+                // Whoever connects must not choose which files of this host are made or written.
+                None if matches!(end.mode, SerialMode::File | SerialMode::Socket)
+                    && !self.ends.trust_source =>
+                {
+                    return Err(refuse(
+                        RefusalKind::Device,
+                        format!(
+                            "the guest's {what} leads to a file or socket of the source's host: say where it leads at the \
+                             destination (`vmm receive --{option} …`, or `{option}` in vm.receive-migration)"
+                        ),
+                    ));
+                }
+                None => {}
             }
-            None => {}
         }
+        self.ends.apply(&mut config)?;
         if manifest.vcpus != config.cpus.boot_vcpus {
             return Err(refuse(
                 RefusalKind::Config,
@@ -99,7 +200,7 @@ impl MovingIn {
         if self.tsc_changes {
             contract.tsc_khz = None;
         }
-        let plan = Plan::new(config, Some(contract));
+        let plan = Plan::arriving(config, contract);
         let ranges = plan
             .ram_ranges()
             .map_err(|e| refuse(RefusalKind::Memory, e.to_string()))?;
@@ -200,6 +301,7 @@ impl DestinationMachine for MovingIn {
         if self.run_state == RunState::Running {
             instance.resume();
         }
+        instance.announce();
         Ok(())
     }
 

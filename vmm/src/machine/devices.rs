@@ -4,13 +4,21 @@ use std::sync::Arc;
 
 use arch::x86_64::layout;
 use devices::{
-    AcpiPower, AcpiPowerConfig, Bus, BusDevice, BusError, BusSpace, Cmos, GuestMemorySize, I8042,
-    InterruptLine, Ioapic, Persist, SavedState, Serial, SerialBackend, SerialError, StateError,
+    AcpiPower, AcpiPowerConfig, Bus, BusDevice, BusError, BusSpace, Cmos, EndpointConfig,
+    GuestMemorySize, I8042, InterruptLine, Ioapic, MsiSink, Persist, PvPanic, SavedState, Serial,
+    SerialError, StateError,
 };
+
+use devices::pci::PciError;
+use devices::pci::hotplug::HOTPLUG_PORTS;
+use devices::pvpanic::{PVPANIC_PORT, PVPANIC_PORTS};
+use hypervisor::Vm;
+use memory::GuestRam;
 
 use super::bus::IrqSink;
 use super::demand::Demands;
-use crate::config::{ConfigError, SerialMode, VmConfig};
+use super::pci::{PciSet, Surroundings};
+use crate::config::{ConfigError, SerialConfig, SerialMode, VmConfig};
 
 /// Why a device cannot be made or restored.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +26,17 @@ pub(crate) enum DeviceError {
     /// Two devices want one address: our own fault.
     #[error(transparent)]
     Bus(#[from] BusError),
+    /// The PCI bus has no place for it.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// It cannot be made.
+    #[error("device {id}: {source}")]
+    Function {
+        /// The device.
+        id: String,
+        /// Why.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The serial port's other end cannot be opened.
     #[error("serial: {0}")]
     Serial(#[from] SerialError),
@@ -37,7 +56,7 @@ pub(crate) enum DeviceError {
     Unknown(String),
     /// A device's state did not come.
     #[error("the state of device {0} is missing")]
-    Missing(&'static str),
+    Missing(String),
 }
 
 /// All devices of a machine.
@@ -47,21 +66,25 @@ pub(super) struct DeviceSet {
     power: Arc<AcpiPower>,
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
+    pci: PciSet,
 }
 
 impl DeviceSet {
     /// Makes the devices and the buses they sit on.
     pub(super) fn build(
-        config: &VmConfig,
+        config: &mut VmConfig,
         irq_sink: &Arc<IrqSink>,
         demands: &Arc<Demands>,
-    ) -> Result<(Self, Bus, Bus), DeviceError> {
-        let (pio, mmio) = (Bus::new(BusSpace::Pio), Bus::new(BusSpace::Mmio));
+        ram: &Arc<GuestRam>,
+        vm: &Arc<dyn Vm>,
+        arriving: bool,
+    ) -> Result<(Self, Bus, Arc<Bus>), DeviceError> {
+        let (pio, mmio) = (Bus::new(BusSpace::Pio), Arc::new(Bus::new(BusSpace::Mmio)));
         let ioapic = Arc::new(Ioapic::new(irq_sink.clone()));
         mmio.insert(layout::IOAPIC_BASE, layout::IOAPIC_SIZE, ioapic.clone())?;
         let line = |irq: u32| -> Arc<dyn InterruptLine> { ioapic.line(irq) };
 
-        let serial = match serial_backend(config)? {
+        let serial = match end(&config.serial)? {
             Some(backend) => {
                 let serial = Arc::new(Serial::new(backend, line(layout::SERIAL_IRQ))?);
                 pio.insert(u64::from(layout::SERIAL_PORT), 8, serial.clone())?;
@@ -75,8 +98,8 @@ impl DeviceSet {
             devices::i8042::I8042_PORTS,
             i8042.clone(),
         )?;
-        let ram = memory::layout::ram_ranges(config.memory.size).unwrap_or_default();
-        let (low, high): (Vec<memory::RamRange>, Vec<memory::RamRange>) = ram
+        let ranges = memory::layout::ram_ranges(config.memory.size).unwrap_or_default();
+        let (low, high): (Vec<memory::RamRange>, Vec<memory::RamRange>) = ranges
             .into_iter()
             .partition(|range| range.gpa < layout::MMIO_HOLE_END);
         let cmos = Arc::new(Cmos::new(GuestMemorySize {
@@ -84,6 +107,10 @@ impl DeviceSet {
             above_4g: high.iter().map(|range| range.len).sum(),
         }));
         pio.insert(u64::from(layout::CMOS_PORT), 2, cmos.clone())?;
+        if config.pvpanic {
+            let panics: Arc<dyn BusDevice> = Arc::new(PvPanic::new(demands.clone()));
+            pio.insert(PVPANIC_PORT, PVPANIC_PORTS, panics)?;
+        }
         let first = layout::ACPI_SLEEP_CONTROL_PORT;
         let offset = |port: u16| u64::from(port - first);
         let power = Arc::new(AcpiPower::new(
@@ -101,7 +128,18 @@ impl DeviceSet {
         let ports = offset(layout::ACPI_EVENT_PORT) + 1;
         let on_bus: Arc<dyn BusDevice> = power.clone();
         pio.insert(u64::from(first), ports, on_bus)?;
+        let msi: Arc<dyn MsiSink> = irq_sink.clone();
+        let around = Surroundings {
+            mmio: Arc::clone(&mmio),
+            ram: Arc::clone(ram),
+            msi,
+            vm: Arc::clone(vm),
+        };
+        let pci = PciSet::build(config, around, &power, demands, arriving)?;
+        let slots: Arc<dyn BusDevice> = pci.hotplug();
+        pio.insert(u64::from(layout::PCI_HOTPLUG_PORT), HOTPLUG_PORTS, slots)?;
         let set = Self {
+            pci,
             ioapic,
             serial,
             power,
@@ -113,17 +151,25 @@ impl DeviceSet {
 
     /// The devices that have state, by the id their state travels under. The IOAPIC comes last: restoring it may send
     /// interrupts, and its lines must not be moved by other devices' restore afterwards.
-    fn persistent(&self) -> Vec<(&'static str, Arc<dyn Persist>)> {
-        let mut all: Vec<(&'static str, Arc<dyn Persist>)> = vec![
-            ("power", self.power.clone()),
-            ("cmos", self.cmos.clone()),
-            ("i8042", self.i8042.clone()),
+    fn persistent(&self) -> Vec<(String, Arc<dyn Persist>)> {
+        let mut all: Vec<(String, Arc<dyn Persist>)> = vec![
+            ("power".to_owned(), self.power.clone()),
+            ("cmos".to_owned(), self.cmos.clone()),
+            ("i8042".to_owned(), self.i8042.clone()),
+            ("pci-hotplug".to_owned(), self.pci.hotplug()),
         ];
         if let Some(serial) = &self.serial {
-            all.push(("serial", serial.clone()));
+            all.push(("serial".to_owned(), serial.clone()));
         }
-        all.push(("ioapic", self.ioapic.clone()));
+        for function in self.pci.functions() {
+            all.push((function.id, function.transport));
+        }
+        all.push(("ioapic".to_owned(), self.ioapic.clone()));
         all
+    }
+
+    pub(super) fn pci(&self) -> &PciSet {
+        &self.pci
     }
 
     pub(super) fn ioapic(&self) -> Arc<Ioapic> {
@@ -143,6 +189,9 @@ impl DeviceSet {
         if let Some(path) = self.serial.as_ref().and_then(|serial| serial.pty_path()) {
             config.serial.file = Some(path.to_owned());
         }
+        if let Some(path) = self.pci.console_pty() {
+            config.console.file = Some(path);
+        }
     }
 
     /// Stops device threads: on return no device writes guest memory or raises an interrupt.
@@ -150,15 +199,17 @@ impl DeviceSet {
         if let Some(serial) = &self.serial {
             serial.pause();
         }
+        self.pci.pause();
     }
 
     pub(super) fn resume(&self) {
         if let Some(serial) = &self.serial {
             serial.resume();
         }
+        self.pci.resume();
     }
 
-    pub(super) fn save(&self) -> Vec<(&'static str, SavedState)> {
+    pub(super) fn save(&self) -> Vec<(String, SavedState)> {
         self.persistent()
             .into_iter()
             .map(|(id, device)| (id, device.save()))
@@ -182,11 +233,9 @@ impl DeviceSet {
             let (_, state) = states.swap_remove(at);
             device
                 .restore(&state)
-                .map_err(|source| DeviceError::State {
-                    id: id.to_owned(),
-                    source,
-                })?;
+                .map_err(|source| DeviceError::State { id, source })?;
         }
+        self.pci.restored();
         match states.iter().find(|(id, _)| *id != "serial") {
             Some((id, _)) => Err(DeviceError::Unknown((*id).to_owned())),
             None => Ok(()),
@@ -194,27 +243,24 @@ impl DeviceSet {
     }
 }
 
-fn serial_backend(config: &VmConfig) -> Result<Option<SerialBackend>, ConfigError> {
-    let serial = &config.serial;
+/// Where a serial port or console leads; none if there is to be no such device.
+pub(super) fn end(config: &SerialConfig) -> Result<Option<EndpointConfig>, ConfigError> {
     let missing = |field: &'static str| ConfigError::Field {
         field,
         problem: "missing".into(),
         fix: "name a path".into(),
     };
-    Ok(match serial.mode {
+    Ok(match config.mode {
         SerialMode::Off => None,
-        SerialMode::Null => Some(SerialBackend::Null),
-        SerialMode::Tty => Some(SerialBackend::Stdio),
-        SerialMode::Pty => Some(SerialBackend::Pty),
-        SerialMode::File => Some(SerialBackend::File {
-            path: serial.file.clone().ok_or_else(|| missing("serial.file"))?,
+        SerialMode::Null => Some(EndpointConfig::Null),
+        SerialMode::Tty => Some(EndpointConfig::Stdio),
+        SerialMode::Pty => Some(EndpointConfig::Pty),
+        SerialMode::File => Some(EndpointConfig::File {
+            path: config.file.clone().ok_or_else(|| missing("file"))?,
             append: true,
         }),
-        SerialMode::Socket => Some(SerialBackend::Socket {
-            path: serial
-                .socket
-                .clone()
-                .ok_or_else(|| missing("serial.socket"))?,
+        SerialMode::Socket => Some(EndpointConfig::Socket {
+            path: config.socket.clone().ok_or_else(|| missing("socket"))?,
         }),
     })
 }

@@ -10,8 +10,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use arch::x86_64::acpi;
 use arch::x86_64::boot::{self, BootError, BootSources};
@@ -21,6 +21,7 @@ use arch::x86_64::layout;
 use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
 use arch::x86_64::topology::{Topology, TopologyError};
+use devices::block::DiskError;
 use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vcpu, Vm, VmOptions};
 use memory::{GuestRam, RamRange};
 use migration::{CpuContract, DeviceState, MachineState, Manifest, RunState};
@@ -28,9 +29,10 @@ use migration::{CpuContract, DeviceState, MachineState, Manifest, RunState};
 use super::Event;
 use super::bus::{IrqSink, MachineBus};
 use super::demand::Demands;
-use super::devices::DeviceSet;
+use super::devices::{DeviceError, DeviceSet};
+use super::ends;
 use super::vcpus::VcpuSet;
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, DiskConfig, NetConfig, VmConfig};
 
 /// Why a machine cannot be built or started.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +64,7 @@ pub(crate) enum BuildError {
     Hypervisor(#[from] hypervisor::Error),
     /// A device cannot be made.
     #[error(transparent)]
-    Device(#[from] super::devices::DeviceError),
+    Device(#[from] DeviceError),
     /// A thread cannot be started.
     #[error("cannot start a vCPU thread: {0}")]
     Thread(std::io::Error),
@@ -107,12 +109,27 @@ pub(super) struct Plan {
     config: VmConfig,
     /// What the guest has been told of its processor before; a new guest is told what its model says.
     contract: Option<CpuContract>,
+    /// Another host still has it.
+    arriving: bool,
 }
 
 impl Plan {
     /// A machine of this config, with the contract that it had before, if it had one.
     pub(super) fn new(config: VmConfig, contract: Option<CpuContract>) -> Self {
-        Self { config, contract }
+        Self {
+            config,
+            contract,
+            arriving: false,
+        }
+    }
+
+    /// A machine that another host still has.
+    pub(super) fn arriving(config: VmConfig, contract: CpuContract) -> Self {
+        Self {
+            config,
+            contract: Some(contract),
+            arriving: true,
+        }
     }
 
     pub(super) fn ram_ranges(&self) -> Result<Vec<RamRange>, memory::Error> {
@@ -212,7 +229,7 @@ fn show(
 /// A machine that has been built.
 pub(crate) struct Instance {
     number: u64,
-    config: VmConfig,
+    config: Mutex<VmConfig>,
     contract: CpuContract,
     vcpus: VcpuSet,
     devices: DeviceSet,
@@ -230,7 +247,7 @@ const HYPERV_TIMER_HZ: u64 = 200_000_000;
 impl Instance {
     /// Builds a machine, parked and with empty RAM.
     pub(super) fn build(
-        plan: Plan,
+        mut plan: Plan,
         number: u64,
         events: &Sender<Event>,
     ) -> Result<Self, BuildError> {
@@ -272,7 +289,14 @@ impl Instance {
         }
         let demands = Arc::new(Demands::new(number, events.clone()));
         let irq_sink = Arc::new(IrqSink::new(Arc::clone(&vm)));
-        let (devices, pio, mmio) = DeviceSet::build(&plan.config, &irq_sink, &demands)?;
+        let (devices, pio, mmio) = DeviceSet::build(
+            &mut plan.config,
+            &irq_sink,
+            &demands,
+            &ram,
+            &vm,
+            plan.arriving,
+        )?;
         // Until the machine is resumed nothing goes in or out: what is restored belongs to another machine up to then.
         devices.pause();
         let bus = Arc::new(MachineBus::new(pio, mmio, devices.ioapic()));
@@ -291,7 +315,7 @@ impl Instance {
         let vcpus = VcpuSet::start(vcpus, &exit_bus, &demands).map_err(BuildError::Thread)?;
         Ok(Self {
             number,
-            config: plan.config,
+            config: Mutex::new(plan.config),
             contract,
             vcpus,
             devices,
@@ -313,8 +337,9 @@ impl Instance {
                 source,
             })
         };
-        let payload = &self.config.payload;
-        let mut kernel = open("kernel", self.config.kernel()?)?;
+        let config = self.config();
+        let payload = &config.payload;
+        let mut kernel = open("kernel", config.kernel()?)?;
         let mut initramfs = payload
             .initramfs
             .as_deref()
@@ -322,10 +347,14 @@ impl Instance {
             .transpose()?;
         let memory = self.ram.guest_memory();
         let tables = acpi::build(&acpi::AcpiConfig {
-            vcpus: self.config.cpus.boot_vcpus,
-            max_vcpus: self.config.cpus.max_vcpus,
-            ecam: None,
+            vcpus: config.cpus.boot_vcpus,
+            max_vcpus: config.cpus.max_vcpus,
+            ecam: Some(acpi::Ecam {
+                base: layout::PCI_ECAM_BASE,
+                last_bus: 0,
+            }),
             serial: self.devices.has_serial(),
+            pvpanic: config.pvpanic,
         })?;
         tables.write_to(memory)?;
         let ranges: Vec<(u64, u64)> = self
@@ -368,8 +397,62 @@ impl Instance {
         &self.contract
     }
 
-    pub(super) fn config(&self) -> &VmConfig {
-        &self.config
+    /// The config, with what was chosen for it.
+    pub(super) fn config(&self) -> VmConfig {
+        self.locked_config().clone()
+    }
+
+    fn locked_config(&self) -> MutexGuard<'_, VmConfig> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A device has come or gone.
+    pub(super) fn set_config(&self, config: VmConfig) {
+        *self.locked_config() = config;
+    }
+
+    pub(super) fn add_disk(&self, config: &mut DiskConfig) -> Result<(), DeviceError> {
+        self.devices.pci().add_disk(config)
+    }
+
+    pub(super) fn add_net(&self, config: &mut NetConfig) -> Result<(), DeviceError> {
+        self.devices.pci().add_net(config)
+    }
+
+    /// False if there is no such device.
+    pub(super) fn ask_to_remove(&self, id: &str) -> bool {
+        self.devices.pci().ask_to_remove(id)
+    }
+
+    pub(super) fn set_balloon(&self, bytes: u64) {
+        self.devices.pci().set_balloon(bytes);
+    }
+
+    /// None if there is no such disk.
+    pub(super) fn resize_disk(&self, id: &str, bytes: u64) -> Option<Result<(), DiskError>> {
+        let disk = self
+            .devices
+            .pci()
+            .disks()
+            .into_iter()
+            .find(|(disk, _)| disk == id)?
+            .1;
+        Some(disk.resize(Some(bytes)).map(drop))
+    }
+
+    /// Lets the locks of the disks' images go: the machine is paused and another host is to have it.
+    pub(super) fn unlock_disks(&self) {
+        ends::unlock(&self.devices.pci().disks());
+    }
+
+    /// Takes them back after a move that has failed.
+    pub(super) fn lock_disks_again(&self) {
+        ends::lock_again(&self.devices.pci().disks());
+    }
+
+    /// Tells the network that the guest is here now.
+    pub(super) fn announce(&self) {
+        ends::announce(self.devices.pci().nets());
     }
 
     /// Fills in what was decided at run time.
@@ -409,7 +492,8 @@ impl Instance {
 
     pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         let hypervisor = self.vm.counters().into_iter();
-        BTreeMap::from([
+        let mut all = self.devices.pci().counters();
+        all.extend([
             ("bus".to_owned(), self.bus.counters()),
             (
                 "hypervisor".to_owned(),
@@ -417,7 +501,8 @@ impl Instance {
                     .map(|(name, count)| (name.to_owned(), count))
                     .collect(),
             ),
-        ])
+        ]);
+        all
     }
 
     /// Stops vCPUs and devices: on return nothing of this machine writes guest memory.
@@ -440,11 +525,12 @@ impl Instance {
 
     /// What a destination must know before it takes this machine.
     pub(super) fn manifest(&self) -> Result<Manifest, migration::MachineError> {
+        let config = self.config();
         Ok(Manifest {
             vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
             hypervisor: self.hypervisor_name().to_owned(),
-            config: serde_json::to_string(&self.config)?,
-            vcpus: self.config.cpus.boot_vcpus,
+            config: serde_json::to_string(&config)?,
+            vcpus: config.cpus.boot_vcpus,
             memory: self
                 .ram
                 .regions()
@@ -464,7 +550,7 @@ impl Instance {
             .save()
             .into_iter()
             .map(|(id, state)| DeviceState {
-                id: id.to_owned(),
+                id,
                 kind: state.kind,
                 version: state.version,
                 data: Bytes(state.data),
@@ -499,6 +585,10 @@ impl Instance {
                 },
             )
         }))?;
+        ends::lock(&self.devices.pci().disks()).map_err(|(id, source)| DeviceError::Function {
+            id,
+            source: source.into(),
+        })?;
         self.vm.set_clock(&state.clock)?;
         Ok(())
     }

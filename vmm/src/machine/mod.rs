@@ -23,9 +23,12 @@ mod bus;
 mod demand;
 mod destination;
 mod devices;
+mod ends;
+mod hotplug;
 mod instance;
 mod moves;
 mod owner;
+mod pci;
 mod source;
 mod vcpus;
 
@@ -45,6 +48,8 @@ pub(crate) enum Event {
     Request(Request, ReplyTo),
     /// The guest of this machine number wants something.
     Demand(u64, demand::Demand),
+    /// The guest of this machine number has let this device go.
+    Ejected(u64, String),
     /// A move out has ended.
     SendEnded(
         JobId,

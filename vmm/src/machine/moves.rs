@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use migration::{Listener, MoveControl, MoveUrl, RunState, SendOptions, SourceOutcome};
 
-use super::destination::MovingIn;
+use super::destination::{Ends, MovingIn};
 use super::owner::{Moving, Owner, Vm};
 use super::source::MovingOut;
 use super::{Event, ExitReason, ReceiveFailure, error_chain};
@@ -239,9 +239,16 @@ impl Owner {
             .spawn(move || {
                 let mut machine = MovingIn::new(
                     number,
-                    request.serial,
                     hypervisor,
                     request.allow_tsc_change,
+                    Ends {
+                        serial: request.serial,
+                        console: request.console,
+                        vsock: request.vsock,
+                        disks: request.disks,
+                        taps: request.taps,
+                        trust_source: request.trust_source,
+                    },
                     events.clone(),
                 );
                 let options = migration::ReceiveOptions::default();
@@ -274,7 +281,7 @@ impl Owner {
         match result {
             Ok((_, arrived)) => {
                 self.vm = Some(Vm {
-                    config: arrived.instance.config().clone(),
+                    config: arrived.instance.config(),
                     contract: Some(arrived.instance.contract().clone()),
                     state: match arrived.run_state {
                         RunState::Running => VmState::Running,

@@ -81,6 +81,7 @@ impl Owner {
                     reply_to(reply);
                 }
                 Event::Demand(machine, demand) => self.demand(machine, demand),
+                Event::Ejected(machine, id) => self.ejected(machine, &id),
                 Event::SendEnded(job, machine, result) => self.send_ended(job, machine, result),
                 Event::ReceiveEnded(job, result) => self.receive_ended(job, result),
             }
@@ -110,6 +111,11 @@ impl Owner {
             Request::Reboot => self.reboot(),
             Request::Shutdown => self.shutdown(),
             Request::PowerButton => self.power_button(),
+            Request::AddDisk(disk) => self.add_disk(*disk),
+            Request::AddNet(net) => self.add_net(*net),
+            Request::RemoveDevice(device) => self.remove_device(&device.id),
+            Request::Resize(wanted) => self.resize(wanted),
+            Request::ResizeDisk(wanted) => self.resize_disk(&wanted),
             Request::Delete => self.delete(),
             Request::Send(send) => self.send(&send),
             Request::Receive(receive) => self.receive(receive),
@@ -219,6 +225,8 @@ impl Owner {
             Ok(instance) => {
                 instance.resume();
                 vm.contract = Some(instance.contract().clone());
+                // With what was chosen for it: slots, addresses.
+                vm.config = instance.config();
                 vm.instance = Some(Arc::new(instance));
                 vm.state = VmState::Running;
                 Ok(Response::Done)

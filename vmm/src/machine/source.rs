@@ -83,7 +83,10 @@ impl SourceMachine for MovingOut {
         // A reset or power-off that the guest has asked for is still to be done here: a guest that waits
         // for it must not arrive elsewhere, where nobody knows of it.
         match self.instance.demands().pending() {
-            None => Ok(()),
+            None => {
+                self.instance.unlock_disks();
+                Ok(())
+            }
             Some(demand) => Err(Box::new(Pending(demand))),
         }
     }
@@ -93,8 +96,11 @@ impl SourceMachine for MovingOut {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        if std::mem::take(&mut self.paused) && self.run_state == RunState::Running {
-            self.instance.resume();
+        if std::mem::take(&mut self.paused) {
+            self.instance.lock_disks_again();
+            if self.run_state == RunState::Running {
+                self.instance.resume();
+            }
         }
         Ok(())
     }

@@ -3,24 +3,30 @@
 //! ```text
 //!   \_S5_                      SLP_TYP for soft off
 //!   \_SB_.COM1  PNP0501        serial port                \_SB_.RTC_  PNP0B00   CMOS clock
-//!   \_SB_.MBRD  PNP0C02        the ECAM window, reserved, when there is PCI
+//!   \_SB_.PEVT  QEMU0001       pvpanic, when it is there
+//!   \_SB_.PCI0  PNP0A08        PCI host bridge with its bus numbers and addresses  \ when there
+//!   \_SB_.MBRD  PNP0C02        the ECAM window, reserved                          / is PCI
 //!   \_SB_.PWRB  PNP0C0C  ◄── Notify ── \_SB_.GED_ ACPI0013 ◄── ACPI_EVENT_IRQ, flags in ACPI_EVENT_PORT
 //! ```
 
-use acpi_tables::Aml;
 use acpi_tables::aml::{
-    And, Arg, Device, EISAName, Equal, Field, FieldAccessType, FieldEntry, FieldLockRule,
-    FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method, Name, Notify, OpRegion,
-    OpRegionSpace, Package, Path, ResourceTemplate, Scope, Store, ZERO,
+    AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Equal, Field, FieldAccessType,
+    FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local, Memory32Fixed, Method,
+    MethodCall, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate, Scope,
+    Store, ZERO,
 };
+use acpi_tables::{Aml, AmlSink};
 
 use super::{AcpiConfig, Ecam};
 use crate::x86_64::layout::{
-    ACPI_EVENT_IRQ, ACPI_EVENT_PORT, ACPI_S5_SLEEP_TYPE, CMOS_PORT, SERIAL_IRQ, SERIAL_PORT,
+    ACPI_EVENT_IRQ, ACPI_EVENT_PORT, ACPI_S5_SLEEP_TYPE, CMOS_PORT, PCI_HOTPLUG_PORT,
+    PCI_MMIO_BASE, PCI_MMIO_SIZE, PCI_SLOTS, PVPANIC_PORT, SERIAL_IRQ, SERIAL_PORT,
 };
 
 /// Event flag of the power button.
 const POWER_BUTTON_FLAG: u8 = 1;
+/// Event flag of PCI slots.
+const PCI_FLAG: u8 = 2;
 /// Notification "S0 power button pressed" (ACPI 6.5, section 4.8.3.1.1.2, table 4.20).
 const BUTTON_PRESSED: u8 = 0x80;
 
@@ -28,13 +34,17 @@ const BUTTON_PRESSED: u8 = 0x80;
 pub(super) fn body(config: &AcpiConfig) -> Vec<u8> {
     let mut aml = Vec::new();
     soft_off(&mut aml);
-    power_button(&mut aml);
+    events(config.ecam.is_some(), &mut aml);
     rtc(&mut aml);
     if config.serial {
         serial(&mut aml);
     }
+    if config.pvpanic {
+        device(&mut aml, "PEVT", &"QEMU0001", vec![&io(PVPANIC_PORT, 1)]);
+    }
     if let Some(ecam) = config.ecam {
         reserved_window(ecam, &mut aml);
+        host_bridge(ecam, &mut aml);
     }
     aml
 }
@@ -89,9 +99,114 @@ fn reserved_window(ecam: Ecam, aml: &mut Vec<u8>) {
     device(aml, "MBRD", &EISAName::new("PNP0C02"), vec![&window]);
 }
 
+/// The PCI Express host bridge (PCI Firmware Specification 3.3, section 4.3). There is no `_PRT`: nothing has INTx.
+fn host_bridge(ecam: Ecam, aml: &mut Vec<u8>) {
+    let hid = Name::new(Path::new("_HID"), &EISAName::new("PNP0A08"));
+    let cid = Name::new(Path::new("_CID"), &EISAName::new("PNP0A03"));
+    let uid = Name::new(Path::new("_UID"), &ZERO);
+    let segment = Name::new(Path::new("_SEG"), &ZERO);
+    let first_bus = Name::new(Path::new("_BBN"), &ZERO);
+    let buses = AddressSpace::new_bus_number(0u16, u16::from(ecam.last_bus));
+    let last = (PCI_MMIO_BASE + PCI_MMIO_SIZE - 1) as u32;
+    let window = AddressSpace::new_memory(
+        AddressSpaceCacheable::NotCacheable,
+        true,
+        PCI_MMIO_BASE as u32,
+        last,
+        None,
+    );
+    let resources = ResourceTemplate::new(vec![&buses, &window]);
+    let crs = Name::new(Path::new("_CRS"), &resources);
+    let slots = Slots;
+    let bridge = Device::new(
+        Path::new("PCI0"),
+        vec![&hid, &cid, &uid, &segment, &first_bus, &crs, &slots],
+    );
+    Scope::new(Path::new("_SB_"), vec![&bridge]).to_aml_bytes(aml);
+}
+
+/// What is in the host bridge's scope for hotplug: the registers, the slots, and the method that tells of their changes.
+struct Slots;
+
+impl Aml for Slots {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        OpRegion::new(
+            Path::new("PHPR"),
+            OpRegionSpace::SystemIO,
+            &PCI_HOTPLUG_PORT,
+            &12u8,
+        )
+        .to_aml_bytes(sink);
+        Field::new(
+            Path::new("PHPR"),
+            FieldAccessType::DWord,
+            FieldLockRule::NoLock,
+            FieldUpdateRule::WriteAsZeroes,
+            ["PINS", "PLEV", "PEJC"]
+                .map(|name| {
+                    let mut bytes = [0; 4];
+                    bytes.copy_from_slice(name.as_bytes());
+                    FieldEntry::Named(bytes, 32)
+                })
+                .into(),
+        )
+        .to_aml_bytes(sink);
+        for slot in 1..PCI_SLOTS {
+            let address = Name::new(Path::new("_ADR"), &(u32::from(slot) << 16));
+            let number = Name::new(Path::new("_SUN"), &slot);
+            let (register, bit) = (Path::new("PEJC"), 1u32 << slot);
+            let eject = Store::new(&register, &bit);
+            // ACPI 6.5, section 6.3.3: the argument is 1 for eject.
+            let eject = Method::new(Path::new("_EJ0"), 1, true, vec![&eject]);
+            Device::new(slot_path(slot), vec![&address, &number, &eject]).to_aml_bytes(sink);
+        }
+        let (inserted, leaving) = (Path::new("PINS"), Path::new("PLEV"));
+        let (come, go) = (Local(0), Local(1));
+        let read = [Store::new(&come, &inserted), Store::new(&go, &leaving)];
+        let tells: Vec<Tell> = (1..PCI_SLOTS)
+            .flat_map(|slot| {
+                [(0, DEVICE_CHECK), (1, EJECT_REQUEST)].map(|(local, what)| Tell {
+                    slot,
+                    local,
+                    what,
+                })
+            })
+            .collect();
+        let mut body: Vec<&dyn Aml> = vec![&read[0], &read[1]];
+        body.extend(tells.iter().map(|tell| tell as &dyn Aml));
+        Method::new(Path::new("PSCN"), 0, true, body).to_aml_bytes(sink);
+    }
+}
+
+/// Notification "device check" (ACPI 6.5, table 5.159): look what is there.
+const DEVICE_CHECK: u8 = 1;
+/// Notification "eject request": let it go.
+const EJECT_REQUEST: u8 = 3;
+
+fn slot_path(slot: u8) -> Path {
+    Path::new(&format!("S{slot:02}_"))
+}
+
+/// Notifies a slot if its bit is set in a local variable.
+struct Tell {
+    slot: u8,
+    local: u8,
+    what: u8,
+}
+
+impl Aml for Tell {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let (bit, path) = (1u32 << self.slot, slot_path(self.slot));
+        let (from, masked) = (Local(self.local), Local(2));
+        And::new(&masked, &from, &bit).to_aml_bytes(sink);
+        let notify = Notify::new(&path, &self.what);
+        If::new(&Equal::new(&masked, &bit), vec![&notify]).to_aml_bytes(sink);
+    }
+}
+
 /// The power button and the generic event device (ACPI 6.5, section 5.6.9) that reports it. Reading the flags
 /// clears them, so they are read once, as a whole.
-fn power_button(aml: &mut Vec<u8>) {
+fn events(pci: bool, aml: &mut Vec<u8>) {
     let hid = Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C"));
     let button = Device::new(Path::new("PWRB"), vec![&hid]);
 
@@ -120,8 +235,16 @@ fn power_button(aml: &mut Vec<u8>) {
     let notify = Notify::new(&target, &BUTTON_PRESSED);
     let is_pressed = Equal::new(&pressed, &POWER_BUTTON_FLAG);
     let when_pressed = If::new(&is_pressed, vec![&notify]);
+    let scan = MethodCall::new(Path::new("\\_SB_.PCI0.PSCN"), Vec::new());
+    let mask_slots = And::new(&pressed, &flags, &PCI_FLAG);
+    let are_slots = Equal::new(&pressed, &PCI_FLAG);
+    let when_slots = If::new(&are_slots, vec![&scan]);
     let is_ours = Equal::new(&Arg(0), &(ACPI_EVENT_IRQ as u8));
-    let when_ours = If::new(&is_ours, vec![&read, &mask, &when_pressed]);
+    let mut what: Vec<&dyn Aml> = vec![&read, &mask, &when_pressed];
+    if pci {
+        what.extend([&mask_slots as &dyn Aml, &when_slots]);
+    }
+    let when_ours = If::new(&is_ours, what);
     let method = Method::new(Path::new("_EVT"), 1, true, vec![&when_ours]);
     let events = Device::new(
         Path::new("GED_"),

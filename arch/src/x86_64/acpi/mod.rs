@@ -51,6 +51,8 @@ pub struct AcpiConfig {
     pub ecam: Option<Ecam>,
     /// The first serial port is there.
     pub serial: bool,
+    /// The pvpanic device is there.
+    pub pvpanic: bool,
 }
 
 /// A PCI segment's configuration window (PCI Firmware Specification 3.3, section 4.1).

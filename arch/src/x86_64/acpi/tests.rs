@@ -9,6 +9,7 @@ fn config(vcpus: u32) -> AcpiConfig {
         max_vcpus: vcpus,
         ecam: None,
         serial: true,
+        pvpanic: false,
     }
 }
 

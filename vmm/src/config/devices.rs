@@ -1,0 +1,339 @@
+//! The devices of a config that a guest finds on the PCI bus.
+//!
+//! ```text
+//!   rng, balloon, console, vsock, disks, net  ──normalise──► every one has an id  ──► slots in this order, the same on every host
+//! ```
+
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use devices::net::MacAddr;
+use serde::{Deserialize, Serialize};
+
+use super::{ConfigError, VmConfig, field};
+
+/// Most descriptors of a queue (section 2.7 of the virtio specification).
+const MAX_QUEUE_SIZE: u16 = 32768;
+/// Longest id.
+const MAX_ID: usize = 64;
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Raw image or block device.
+    pub path: PathBuf,
+    /// The guest cannot write it.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Past the host's page cache (O_DIRECT).
+    #[serde(default)]
+    pub direct: bool,
+    /// Queues, each with a thread; one for each vCPU by default, 16 at most then.
+    #[serde(default)]
+    pub num_queues: u16,
+    /// Descriptors of a queue, a power of two.
+    #[serde(default = "queue_128")]
+    pub queue_size: u16,
+    /// Name in the machine, made up if it is not given.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// What the guest reads as its serial number, 20 bytes at most; the id by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// How fast it may be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// System calls instead of io_uring; the latter is also left alone where the host forbids it.
+    #[serde(default)]
+    pub disable_io_uring: bool,
+    /// Slot on the PCI bus: 1 to 31, the next free one if it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_slot: Option<u8>,
+}
+
+/// A rate, as two token buckets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimiterConfig {
+    /// Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucketConfig>,
+    /// Requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucketConfig>,
+}
+
+/// A token bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenBucketConfig {
+    /// Tokens in a full bucket.
+    pub size: u64,
+    /// Tokens beyond those at the start, which do not come again.
+    #[serde(default)]
+    pub one_time_burst: u64,
+    /// Time in which an empty bucket fills, in milliseconds.
+    pub refill_time: u64,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// TAP on the host, made if it is not there; a new name if it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// IPv4 address of the TAP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ip: Option<Ipv4Addr>,
+    /// Its network mask.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask: Option<Ipv4Addr>,
+    /// MAC address of the guest; made up if it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddr>,
+    /// MAC address of the TAP.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_mac: Option<MacAddr>,
+    /// Largest packet, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// Queues, an even number: each pair receives and sends.
+    #[serde(default = "one_pair")]
+    pub num_queues: u16,
+    /// Descriptors of a queue, a power of two.
+    #[serde(default = "queue_256")]
+    pub queue_size: u16,
+    /// Name in the machine, made up if it is not given.
+    #[serde(default)]
+    pub id: Option<String>,
+    /// Slot on the PCI bus: 1 to 31, the next free one if it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_slot: Option<u8>,
+}
+
+/// The source of random numbers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngConfig {
+    /// Where they come from: the system's generator, or another file.
+    #[serde(default = "urandom")]
+    pub src: PathBuf,
+}
+
+/// The virtio socket device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's address: 3 to 4294967294.
+    pub cid: u64,
+    /// Unix socket, made here, on which the host connects to the guest (`CONNECT PORT`); the guest connects to `SOCKET_PORT`.
+    pub socket: PathBuf,
+}
+
+/// The balloon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonConfig {
+    /// Bytes that the guest gives back, a multiple of 4 KiB.
+    pub size: u64,
+    /// The guest may take them again when it has no other memory.
+    #[serde(default)]
+    pub deflate_on_oom: bool,
+    /// The guest tells of memory that it has freed, which is given back at once.
+    #[serde(default)]
+    pub free_page_reporting: bool,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self { src: urandom() }
+    }
+}
+
+fn queue_128() -> u16 {
+    128
+}
+
+fn queue_256() -> u16 {
+    256
+}
+
+fn one_pair() -> u16 {
+    2
+}
+
+/// The system's generator.
+pub fn urandom() -> PathBuf {
+    PathBuf::from("/dev/urandom")
+}
+
+impl VmConfig {
+    /// Gives an id to what has none, and queues to a disk that does not say how many.
+    pub(super) fn normalise_devices(&mut self) {
+        let mut taken: BTreeSet<String> = self.ids().map(str::to_owned).collect();
+        let mut name = |kind: &str| {
+            let id = (0..)
+                .map(|number| format!("_{kind}{number}"))
+                .find(|id| !taken.contains(id))
+                .unwrap_or_default();
+            taken.insert(id.clone());
+            Some(id)
+        };
+        let queues = self.cpus.boot_vcpus.clamp(1, 16) as u16;
+        for disk in &mut self.disks {
+            if disk.id.as_deref().is_none_or(str::is_empty) {
+                disk.id = name("disk");
+            }
+            if disk.num_queues == 0 {
+                disk.num_queues = queues;
+            }
+        }
+        for net in &mut self.net {
+            if net.id.as_deref().is_none_or(str::is_empty) {
+                net.id = name("net");
+            }
+        }
+    }
+
+    fn ids(&self) -> impl Iterator<Item = &str> {
+        let disks = self.disks.iter().filter_map(|disk| disk.id.as_deref());
+        let nets = self.net.iter().filter_map(|net| net.id.as_deref());
+        disks.chain(nets)
+    }
+
+    pub(super) fn validate_devices(&self) -> Result<(), ConfigError> {
+        let mut seen = BTreeSet::new();
+        for id in self.ids() {
+            let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+            if id.is_empty() || id.len() > MAX_ID || !id.chars().all(plain) {
+                return Err(field(
+                    "id",
+                    format!(
+                        "`{}` is no name of a device",
+                        id.chars().take(MAX_ID).collect::<String>()
+                    ),
+                    format!("use up to {MAX_ID} letters, digits, `-`, `_` or `.`"),
+                ));
+            }
+            if !seen.insert(id) {
+                return Err(field(
+                    "id",
+                    format!("`{id}` is there twice"),
+                    "give each device its own",
+                ));
+            }
+        }
+        for disk in &self.disks {
+            queues(
+                "disks.num_queues",
+                "disks.queue_size",
+                disk.num_queues,
+                disk.queue_size,
+            )?;
+            if disk.serial.as_ref().is_some_and(|serial| serial.len() > 20) {
+                return Err(field("disks.serial", "longer than 20 bytes", "shorten it"));
+            }
+            disk.rate_limiter_config.iter().try_for_each(rate)?;
+        }
+        for net in &self.net {
+            queues(
+                "net.num_queues",
+                "net.queue_size",
+                net.num_queues,
+                net.queue_size,
+            )?;
+            if !net.num_queues.is_multiple_of(2) {
+                return Err(field(
+                    "net.num_queues",
+                    format!("{} is odd", net.num_queues),
+                    "one to receive and one to send make a pair: use an even number",
+                ));
+            }
+        }
+        let mut macs = BTreeSet::new();
+        if let Some(twice) = self
+            .net
+            .iter()
+            .filter_map(|net| net.mac)
+            .find(|mac| !macs.insert(mac.octets()))
+        {
+            return Err(field(
+                "net.mac",
+                format!("{twice} is there twice"),
+                "give each interface its own, or none",
+            ));
+        }
+        let slots = self.disks.iter().filter_map(|disk| disk.pci_slot);
+        let mut taken = BTreeSet::new();
+        for slot in slots.chain(self.net.iter().filter_map(|net| net.pci_slot)) {
+            if !(1..devices::pci::SLOTS).contains(&slot) || !taken.insert(slot) {
+                return Err(field(
+                    "pci_slot",
+                    format!("{slot} is there twice, or no slot"),
+                    "use 1 to 31, each once, or leave it out",
+                ));
+            }
+        }
+        if let Some(vsock) = &self.vsock
+            && !(3..u64::from(u32::MAX)).contains(&vsock.cid)
+        {
+            return Err(field(
+                "vsock.cid",
+                vsock.cid.to_string(),
+                "use 3 to 4294967294",
+            ));
+        }
+        if let Some(balloon) = &self.balloon
+            && (balloon.size > self.memory.size || !balloon.size.is_multiple_of(4096))
+        {
+            return Err(field(
+                "balloon.size",
+                format!("{} bytes", balloon.size),
+                "use a multiple of 4096, at most the size of memory",
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn queues(
+    number_field: &'static str,
+    size_field: &'static str,
+    number: u16,
+    size: u16,
+) -> Result<(), ConfigError> {
+    if number == 0 || number > 64 {
+        return Err(field(
+            number_field,
+            format!("{number} queues"),
+            "use 1 to 64",
+        ));
+    }
+    if !size.is_power_of_two() || !(16..=MAX_QUEUE_SIZE).contains(&size) {
+        return Err(field(
+            size_field,
+            format!("{size} descriptors"),
+            format!("use a power of two from 16 to {MAX_QUEUE_SIZE}"),
+        ));
+    }
+    Ok(())
+}
+
+fn rate(limits: &RateLimiterConfig) -> Result<(), ConfigError> {
+    let buckets = [limits.bandwidth, limits.ops];
+    match buckets
+        .iter()
+        .flatten()
+        .find(|bucket| bucket.size == 0 || bucket.refill_time == 0)
+    {
+        Some(_) => Err(field(
+            "disks.rate_limiter_config",
+            "a bucket of no size, or one that never fills",
+            "give size and refill_time (in milliseconds) greater than zero, or leave the bucket out",
+        )),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,147 @@
+//! The host's ends of devices: images that are opened and locked, TAPs, and what happens to them when a machine moves.
+//!
+//! ```text
+//!   source       open, locked ──── paused for the handover: unlocked ────────────── failure: locked again, then resumed
+//!   destination        Reserve: open, not locked ──── state restored: locked ──┬─── commit: it runs; announces its addresses
+//!                                                                              └─── failure: dropped, and so unlocked
+//! ```
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use devices::block::{Block, Disk, DiskConfig as BlockConfig, DiskError, EngineKind};
+use devices::net::{MacAddr, Net, NetConfig as Interface, NetError, Tap, TapConfig, TapError};
+use devices::rate_limiter::{RateLimiterConfig as Limits, TokenBucketConfig as Bucket};
+
+use crate::config::{DiskConfig, NetConfig, TokenBucketConfig};
+
+/// How long a source waits for an image that the destination has locked and is about to let go.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// When a guest's addresses are announced after a move, after the arrival: switches learn from the first that comes through.
+const ANNOUNCEMENTS_MS: [u64; 6] = [0, 50, 150, 400, 1000, 3000];
+
+/// Why a network interface cannot be.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NetEndError {
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error(transparent)]
+    Net(#[from] NetError),
+    #[error("no random MAC address: {0}")]
+    Random(#[from] std::io::Error),
+}
+
+/// Opens a disk's image.
+pub(super) fn disk(id: &str, config: &DiskConfig, arriving: bool) -> Result<Block, DiskError> {
+    let bucket = |bucket: TokenBucketConfig| Bucket {
+        size: bucket.size,
+        one_time_burst: bucket.one_time_burst,
+        refill_time_ms: bucket.refill_time,
+    };
+    let made = BlockConfig {
+        path: config.path.clone(),
+        read_only: config.readonly,
+        direct: config.direct,
+        serial: Some(
+            config
+                .serial
+                .clone()
+                .unwrap_or_else(|| id.chars().take(20).collect()),
+        ),
+        num_queues: config.num_queues,
+        queue_size: config.queue_size,
+        rate_limiter: config.rate_limiter_config.map(|limits| Limits {
+            bandwidth: limits.bandwidth.map(bucket),
+            ops: limits.ops.map(bucket),
+        }),
+        engine: config.disable_io_uring.then_some(EngineKind::Sync),
+    };
+    if arriving {
+        let disk = Disk::open_unlocked(&made)?;
+        Block::with_disk(id, made, disk)
+    } else {
+        Block::new(id, made)
+    }
+}
+
+/// Opens a TAP. A MAC address that was not given is written into the config.
+pub(super) fn net(config: &mut NetConfig) -> Result<Net, NetEndError> {
+    let mac = match config.mac {
+        Some(mac) => mac,
+        None => MacAddr::random()?,
+    };
+    config.mac = Some(mac);
+    let taps = Tap::open(&TapConfig {
+        name: config.tap.clone(),
+        queue_pairs: config.num_queues / 2,
+        mtu: config.mtu,
+        host_mac: config.host_mac,
+        ip: config.ip,
+        mask: config.mask,
+    })?;
+    let interface = Interface {
+        mac,
+        mtu: config.mtu,
+        queue_size: config.queue_size,
+    };
+    Ok(Net::new(interface, taps)?)
+}
+
+/// Lets go the locks of all images, for a destination that takes them.
+pub(super) fn unlock(disks: &[(String, Arc<Block>)]) {
+    for (id, disk) in disks {
+        if let Err(error) = disk.disk().unlock() {
+            tracing::warn!(id, %error, "the image stays locked; a destination on this host cannot have it");
+        }
+    }
+}
+
+/// Locks all images, or says which cannot be.
+pub(super) fn lock(disks: &[(String, Arc<Block>)]) -> Result<(), (String, DiskError)> {
+    for (id, disk) in disks {
+        disk.disk().lock().map_err(|error| (id.clone(), error))?;
+    }
+    Ok(())
+}
+
+/// Locks the images of a guest that comes back after a failed move. The destination may still be letting them go. A guest that would not come
+/// back at all would be worse than one whose image is not locked, so this only complains.
+pub(super) fn lock_again(disks: &[(String, Arc<Block>)]) {
+    let until = Instant::now() + LOCK_PATIENCE;
+    while let Err((id, error)) = lock(disks) {
+        if Instant::now() > until {
+            tracing::error!(id, %error, "the guest goes on without a lock on its image; see who else uses it");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Tells the network where a guest is now: by its driver if that can, and by RARP in its name. Returns at once.
+pub(super) fn announce(nets: Vec<Arc<Net>>) {
+    if nets.is_empty() {
+        return;
+    }
+    for net in &nets {
+        net.announce();
+    }
+    let announcer = std::thread::Builder::new()
+        .name("announce".to_owned())
+        .spawn(move || {
+            let start = Instant::now();
+            // A device that has ended is held by nobody else.
+            let weak: Vec<_> = nets.iter().map(Arc::downgrade).collect();
+            drop(nets);
+            for at in ANNOUNCEMENTS_MS.map(Duration::from_millis) {
+                std::thread::sleep(at.saturating_sub(start.elapsed()));
+                for net in weak.iter().filter_map(std::sync::Weak::upgrade) {
+                    if let Err(error) = net.send_rarp() {
+                        tracing::warn!(%error, "the network is not told where the guest is");
+                    }
+                }
+            }
+        });
+    if let Err(error) = announcer {
+        tracing::warn!(%error, "the network is not told where the guest is");
+    }
+}

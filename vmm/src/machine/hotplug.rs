@@ -1,0 +1,205 @@
+//! What may be changed of a machine while it exists: devices that come and go, sizes.
+//!
+//! ```text
+//!   vm.add-disk, vm.add-net ─┬─ not built: into the config, there at the next boot
+//!                            └─ built: made, put into a slot, the guest is told; then into the config
+//!   vm.remove-device ─┬─ not built: out of the config
+//!                     └─ built: the guest is asked ··· it lets go ··· Event::Ejected ─► out of the config
+//! ```
+
+use crate::config::{DiskConfig, NetConfig, VmConfig};
+use crate::service::{
+    DeviceInfo, ErrorKind, Reply, Resize, ResizeDisk, Response, ServiceError, VmState,
+};
+
+use super::error_chain;
+use super::instance::Instance;
+use super::owner::{Owner, Vm};
+
+fn bad_request(error: impl std::error::Error + 'static) -> ServiceError {
+    ServiceError::new(ErrorKind::BadRequest, error_chain(&error))
+}
+
+fn failed(error: impl std::error::Error + 'static) -> ServiceError {
+    ServiceError::new(ErrorKind::Failed, error_chain(&error))
+}
+
+fn no_device(id: &str) -> ServiceError {
+    ServiceError::new(
+        ErrorKind::NotFound,
+        format!("there is no device `{id}` that can be changed: see the ids in vm.info"),
+    )
+}
+
+/// States in which a machine's devices can change.
+const CHANGEABLE: [VmState; 4] = [
+    VmState::Created,
+    VmState::Shutdown,
+    VmState::Running,
+    VmState::Paused,
+];
+
+impl Owner {
+    pub(super) fn add_disk(&mut self, disk: DiskConfig) -> Reply {
+        self.add(
+            |config| {
+                config.disks.push(disk);
+                config.disks.len() - 1
+            },
+            |config, at| (config.disks[at].id.clone(), config.disks[at].pci_slot),
+            |instance, config, at| instance.add_disk(&mut config.disks[at]),
+        )
+    }
+
+    pub(super) fn add_net(&mut self, net: NetConfig) -> Reply {
+        self.add(
+            |config| {
+                config.net.push(net);
+                config.net.len() - 1
+            },
+            |config, at| (config.net[at].id.clone(), config.net[at].pci_slot),
+            |instance, config, at| instance.add_net(&mut config.net[at]),
+        )
+    }
+
+    fn add(
+        &mut self,
+        put: impl FnOnce(&mut VmConfig) -> usize,
+        place: impl FnOnce(&VmConfig, usize) -> (Option<String>, Option<u8>),
+        make: impl FnOnce(&Instance, &mut VmConfig, usize) -> Result<(), super::devices::DeviceError>,
+    ) -> Reply {
+        let vm = self.vm_in(&CHANGEABLE, "add a device to")?;
+        let mut config = vm.config.clone();
+        let at = put(&mut config);
+        config.normalise();
+        config.validate().map_err(bad_request)?;
+        if let Some(instance) = &vm.instance {
+            if vm.state == VmState::Paused {
+                return Err(ServiceError::wrong_state(
+                    "cannot add a device to a VM that is paused: resume it first",
+                ));
+            }
+            make(instance, &mut config, at).map_err(failed)?;
+        }
+        let (id, slot) = place(&config, at);
+        set_config(vm, config);
+        Ok(Response::Device(DeviceInfo {
+            id: id.unwrap_or_default(),
+            bdf: slot.map(|slot| format!("0000:00:{slot:02x}.0")),
+        }))
+    }
+
+    pub(super) fn remove_device(&mut self, id: &str) -> Reply {
+        let vm = self.vm_in(&CHANGEABLE, "remove a device of")?;
+        if !removable(&vm.config, id) {
+            return Err(no_device(id));
+        }
+        match &vm.instance {
+            // The config follows when the guest has let go.
+            Some(instance) if instance.ask_to_remove(id) => {}
+            Some(_) => return Err(no_device(id)),
+            None => take_out(&mut vm.config, id),
+        }
+        Ok(Response::Done)
+    }
+
+    /// The guest has let a device go.
+    pub(super) fn ejected(&mut self, machine: u64, id: &str) {
+        let Some(vm) = &mut self.vm else { return };
+        if vm
+            .instance
+            .as_ref()
+            .is_none_or(|instance| instance.number() != machine)
+        {
+            return;
+        }
+        let mut config = vm.config.clone();
+        take_out(&mut config, id);
+        set_config(vm, config);
+        if let Some(moving) = &self.moving {
+            // Its destination was told of a device that is no more.
+            moving.control.cancel();
+        }
+    }
+
+    pub(super) fn resize(&mut self, wanted: Resize) -> Reply {
+        let vm = self.vm_in(&CHANGEABLE, "resize")?;
+        for (what, there, asked) in [
+            (
+                "desired_vcpus",
+                u64::from(vm.config.cpus.boot_vcpus),
+                wanted.desired_vcpus.map(u64::from),
+            ),
+            ("desired_ram", vm.config.memory.size, wanted.desired_ram),
+        ] {
+            if asked.is_some_and(|asked| asked != there) {
+                return Err(ServiceError::new(
+                    ErrorKind::BadRequest,
+                    format!("{what}: this version cannot change it (it is {there}); leave it out"),
+                ));
+            }
+        }
+        let Some(size) = wanted.desired_balloon else {
+            return Ok(Response::Done);
+        };
+        let mut config = vm.config.clone();
+        match &mut config.balloon {
+            Some(balloon) => balloon.size = size,
+            None => {
+                return Err(ServiceError::wrong_state(
+                    "the VM has no balloon: give it one with `balloon` in its config",
+                ));
+            }
+        }
+        config.validate().map_err(bad_request)?;
+        if let Some(instance) = &vm.instance {
+            instance.set_balloon(size);
+        }
+        set_config(vm, config);
+        Ok(Response::Done)
+    }
+
+    pub(super) fn resize_disk(&mut self, wanted: &ResizeDisk) -> Reply {
+        let vm = self.vm_in(&CHANGEABLE, "resize a disk of")?;
+        if !vm
+            .config
+            .disks
+            .iter()
+            .any(|disk| disk.id.as_ref() == Some(&wanted.id))
+        {
+            return Err(no_device(&wanted.id));
+        }
+        match &vm.instance {
+            Some(instance) => instance
+                .resize_disk(&wanted.id, wanted.desired_size)
+                .ok_or_else(|| no_device(&wanted.id))?
+                .map_err(failed)?,
+            None => {
+                return Err(ServiceError::wrong_state(
+                    "the VM does not run: resize the image itself",
+                ));
+            }
+        }
+        Ok(Response::Done)
+    }
+}
+
+fn set_config(vm: &mut Vm, config: VmConfig) {
+    if let Some(instance) = &vm.instance {
+        instance.set_config(config.clone());
+    }
+    vm.config = config;
+}
+
+fn removable(config: &VmConfig, id: &str) -> bool {
+    config
+        .disks
+        .iter()
+        .any(|disk| disk.id.as_deref() == Some(id))
+        || config.net.iter().any(|net| net.id.as_deref() == Some(id))
+}
+
+fn take_out(config: &mut VmConfig, id: &str) {
+    config.disks.retain(|disk| disk.id.as_deref() != Some(id));
+    config.net.retain(|net| net.id.as_deref() != Some(id));
+}
