@@ -10,8 +10,8 @@ use anyhow::{Context, Result, ensure};
 use crate::Kernel;
 use crate::cpio::Archive;
 
-/// What a lab host loads, in this order: KVM, then virtio for the link between two hosts.
-const HOST_MODULES: [&str; 13] = [
+/// What a lab host loads, in this order: KVM, then virtio for the link between two hosts, then bridges.
+const HOST_MODULES: [&str; 16] = [
     "irqbypass",
     "kvm",
     "kvm-amd",
@@ -25,6 +25,9 @@ const HOST_MODULES: [&str; 13] = [
     "failover",
     "net_failover",
     "virtio_net",
+    "llc",
+    "stp",
+    "bridge",
 ];
 
 /// What a guest loads: the power button and the device that its key press is read from.
@@ -50,9 +53,10 @@ impl Image {
         Ok(image)
     }
 
-    /// A guest's user space: a shell on the first serial port, and the power button turns it off.
-    pub fn guest(kernel: Kernel) -> Result<Self> {
-        let mut image = Self::busybox(kernel, &GUEST_MODULES)?;
+    /// A guest's user space: a shell on the first serial port, and the power button turns it off. It loads these modules too.
+    pub fn guest(kernel: Kernel, modules: &[&str]) -> Result<Self> {
+        let modules: Vec<&str> = GUEST_MODULES.iter().chain(modules).copied().collect();
+        let mut image = Self::busybox(kernel, &modules)?;
         image
             .archive
             .file("init", 0o755, include_bytes!("inside/guest-init.sh"));

@@ -96,6 +96,11 @@ enum Addition {
         kernel: Kernel,
         entry: Entry,
     },
+    GuestData {
+        inside: String,
+        data: Vec<u8>,
+    },
+    GuestModules(Vec<String>),
     GuestProgram {
         host: std::path::PathBuf,
         inside: String,
@@ -209,6 +214,24 @@ impl Host {
         self
     }
 
+    /// Puts a file with this content into the guest.
+    #[must_use]
+    pub fn guest_data(mut self, inside: &str, data: impl Into<Vec<u8>>) -> Self {
+        self.additions.push(Addition::GuestData {
+            inside: inside.to_owned(),
+            data: data.into(),
+        });
+        self
+    }
+
+    /// Lets the guest load these modules besides its own, in this order. What its kernel has built in is passed over.
+    #[must_use]
+    pub fn guest_modules(mut self, names: &[&str]) -> Self {
+        let names = names.iter().map(|name| (*name).to_owned()).collect();
+        self.additions.push(Addition::GuestModules(names));
+        self
+    }
+
     /// Adds arguments for QEMU.
     #[must_use]
     pub fn qemu_args(mut self, args: &[&str]) -> Self {
@@ -270,13 +293,24 @@ impl Host {
                 Addition::Program { host, inside } => image.program(host, inside)?,
                 Addition::Data { inside, data } => image.data(inside, data),
                 // Goes with the guest.
-                Addition::GuestProgram { .. } => {}
+                Addition::GuestProgram { .. }
+                | Addition::GuestData { .. }
+                | Addition::GuestModules(_) => {}
                 Addition::Guest { kernel, entry } => {
                     image.file(&kernel.file(*entry)?, "guest/kernel")?;
-                    let mut guest = Image::guest(*kernel)?;
+                    let modules = self.additions.iter().filter_map(|addition| match addition {
+                        Addition::GuestModules(names) => Some(names.iter().map(String::as_str)),
+                        _ => None,
+                    });
+                    let modules: Vec<&str> = modules.flatten().collect();
+                    let mut guest = Image::guest(*kernel, &modules)?;
                     for addition in &self.additions {
-                        if let Addition::GuestProgram { host, inside } = addition {
-                            guest.program(host, inside)?;
+                        match addition {
+                            Addition::GuestProgram { host, inside } => {
+                                guest.program(host, inside)?;
+                            }
+                            Addition::GuestData { inside, data } => guest.data(inside, data),
+                            _ => {}
                         }
                     }
                     image.data("guest/initramfs", &guest.finish());

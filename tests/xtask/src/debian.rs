@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::run;
 
 /// A program the lab starts, the package it is in, and what it is for.
-const PROGRAMS: [(&str, &str, &str); 5] = [
+const PROGRAMS: [(&str, &str, &str); 6] = [
     (
         "qemu-system-x86_64",
         "qemu-system-x86",
@@ -26,6 +26,7 @@ const PROGRAMS: [(&str, &str, &str); 5] = [
     ("lz4", "lz4", "unpacks the 6.1 kernel for its PVH entry"),
     ("zstd", "zstd", "unpacks the 6.12 kernel for its PVH entry"),
     ("xz", "xz-utils", "unpacks kernel modules"),
+    ("mke2fs", "e2fsprogs", "makes the guests' file systems"),
 ];
 
 /// A kernel series, and the package whose dependency is its newest cloud kernel.

@@ -9,7 +9,8 @@
 //!     ├─ emulator the instruction emulator against this machine's processor          suites.rs
 //!     ├─ backend  small guest programs, the same on every hypervisor back end        suites.rs
 //!     ├─ native   real guests on this machine, on every back end                     suites.rs
-//!     └─ lab      stock kernels in QEMU's emulator; installs what it needs           debian.rs
+//!     ├─ lab      stock kernels in QEMU's emulator; installs what it needs           debian.rs
+//!     └─ devices  of native and lab, what shows devices; only when it is named       suites.rs
 //!                       │
 //!                 every line of output is passed on and read                         tally.rs
 //!                       │
@@ -43,6 +44,7 @@ Runs test suites, all of them in this order when none is named:
   native   real guests, booted and moved, on /dev/kvm and on /dev/mshv or its double, and between the two
   lab      stock Debian kernels as hosts and guests inside QEMU's emulator; installs what it needs with
            apt-get, and keeps kernels in target/lab-cache (or $LAB_CACHE)
+  devices  of native and lab, the tests of disks, networks and the other devices; only when it is named
 
 The last line is `N passed, N failed, N skipped`. Exit status: 0 all passed, 1 something failed or
 nothing ran, 2 wrong usage.

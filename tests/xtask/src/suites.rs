@@ -24,11 +24,13 @@ pub(crate) enum Suite {
     Native,
     /// Tests inside QEMU's emulator.
     Lab,
+    /// Of the two before, those of devices.
+    Devices,
 }
 
 impl Suite {
-    /// Every suite, in the order of a full run.
-    const ALL: [Suite; 7] = [
+    /// Every suite, in the order of a full run, which leaves out the last: its tests are parts of others.
+    const ALL: [Suite; 8] = [
         Suite::Static,
         Suite::Unit,
         Suite::Cpu,
@@ -36,7 +38,12 @@ impl Suite {
         Suite::Backend,
         Suite::Native,
         Suite::Lab,
+        Suite::Devices,
     ];
+
+    fn is_part_of_others(self) -> bool {
+        self == Suite::Devices
+    }
 
     fn name(self) -> &'static str {
         match self {
@@ -47,6 +54,7 @@ impl Suite {
             Suite::Backend => "backend",
             Suite::Native => "native",
             Suite::Lab => "lab",
+            Suite::Devices => "devices",
         }
     }
 }
@@ -65,7 +73,10 @@ pub(crate) fn select(names: &[String]) -> Result<Vec<Suite>, String> {
     }
     Ok(Suite::ALL
         .into_iter()
-        .filter(|suite| names.is_empty() || names.iter().any(|name| name == suite.name()))
+        .filter(|suite| match names {
+            [] => !suite.is_part_of_others(),
+            names => names.iter().any(|name| name == suite.name()),
+        })
         .collect())
 }
 
@@ -81,7 +92,7 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
         // Asked for alone, a suite shows all of its subject; in a run with the lab, its lab tests are part of that.
         let with_lab = !suites.contains(&Suite::Lab);
         let starts_programs = match suite {
-            Suite::Backend | Suite::Native | Suite::Lab => true,
+            Suite::Backend | Suite::Native | Suite::Lab | Suite::Devices => true,
             Suite::Cpu => with_lab,
             Suite::Static | Suite::Unit | Suite::Emulator => false,
         };
@@ -106,6 +117,10 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
             }
             Suite::Native => cargo_test(&mut tally, "native", &["--test", "native"], &[])?,
             Suite::Lab => lab(&mut tally, None)?,
+            Suite::Devices => {
+                cargo_test(&mut tally, "native", &["--test", "native"], &["devices::"])?;
+                lab(&mut tally, Some("devices::"))?;
+            }
         }
         if tally.total() == before {
             tally.fail(suite.name(), "the suite ran no test at all");
@@ -199,7 +214,8 @@ mod tests {
 
     #[test]
     fn no_name_selects_every_suite_in_order() {
-        assert_eq!(select(&[]).unwrap(), Suite::ALL);
+        assert_eq!(select(&[]).unwrap(), Suite::ALL[..7]);
+        assert_eq!(select(&["devices".into()]).unwrap(), [Suite::Devices]);
     }
 
     #[test]

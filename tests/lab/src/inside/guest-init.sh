@@ -8,6 +8,14 @@ for module in $(cat /lib/m/order); do
     insmod "/lib/m/$module.ko" || echo "cannot load $module"
 done
 
+# A root on a disk: its own init takes over, which is this one again.
+root=$(sed -n 's/.*labroot=\([^ ]*\).*/\1/p' /proc/cmdline)
+if [ -n "$root" ] && [ ! -e /on-disk ]; then
+    mount -t ext4 "$root" /root && umount /proc /sys && exec switch_root /root /init
+    echo "cannot boot from $root"
+fi
+[ ! -e /on-disk ] || echo "ROOT-ON-DISK $(sed -n 's/^\([^ ]*\) \/ ext4.*/\1/p' /proc/mounts)" >/dev/ttyS0
+
 # Counts on the console for ever: each number once and in order, or something was lost.
 cat >/bin/counter <<'END'
 #!/bin/sh

@@ -42,7 +42,7 @@ fn guest(vcpus: u32) -> Guest {
 /// times, and the guest of the richer one's own model, which stays.
 fn unlike_hosts() -> Result<()> {
     let guest = guest(1);
-    let features = built("features", "FEATURES_BIN", "cpu")?;
+    let features = built("features", "FEATURES_BIN", "probes")?;
     let rich = guest
         .host(Cpu::EpycRome)?
         .guest_program(&features, "bin/features")
@@ -165,7 +165,7 @@ fn another_frequency() -> Result<()> {
 /// and reading the clock. A TSC that does not go on at all while its state travels loses 23.
 fn ten_moves(source: &str, clock: &str, vcpus: u32) -> Result<()> {
     let guest = guest(vcpus);
-    let clocks = built("clocks", "CLOCKS_BIN", "cpu")?;
+    let clocks = built("clocks", "CLOCKS_BIN", "probes")?;
     let host = guest
         .host(Cpu::Max)?
         .guest_program(&clocks, "bin/clocks")

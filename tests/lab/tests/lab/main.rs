@@ -3,6 +3,7 @@
 //! `--test-threads=2` suits two cores: one lab host a core.
 
 mod cpu;
+mod devices;
 mod selftest;
 mod stock;
 
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
         .into_iter()
         .chain(stock::trials())
         .chain(cpu::trials())
+        .chain(devices::trials())
         .collect();
     let conclusion = libtest_mimic::run(&args, trials);
     let retries = lab::retries();

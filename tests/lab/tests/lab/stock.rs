@@ -129,7 +129,7 @@ const UNLIKE_BODIES: [Body; 2] = [
 ];
 
 impl Guest {
-    fn name(self) -> String {
+    pub(crate) fn name(self) -> String {
         format!(
             "{}-{}-{}-{}vcpu",
             self.back_end.name(),
@@ -141,16 +141,21 @@ impl Guest {
 
     /// The guest's config. The emulator does not intercept XSETBV, hence `noxsave`.
     fn config(self) -> String {
+        self.config_with("", "")
+    }
+
+    /// With devices (JSON, a comma before it) and kernel parameters (a space before them).
+    pub(crate) fn config_with(self, devices: &str, parameters: &str) -> String {
         format!(
             r#"{{
                 "payload": {{
                     "kernel": "/guest/kernel", "initramfs": "/guest/initramfs",
-                    "cmdline": "console=ttyS0 quiet noxsave panic=-1"
+                    "cmdline": "console=ttyS0 quiet noxsave panic=-1{parameters}"
                 }},
                 "cpus": {{ "boot_vcpus": {vcpus}, "max_vcpus": {vcpus}, "model": "{model}" }},
                 "memory": {{ "size": 268435456 }},
                 "serial": {{ "mode": "Tty" }},
-                "console": {{ "mode": "Off" }}
+                "console": {{ "mode": "Off" }}{devices}
             }}"#,
             vcpus = self.vcpus,
             model = self.model,

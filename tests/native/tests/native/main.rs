@@ -1,6 +1,7 @@
 //! The native suite: real guests on this machine, each test on every back end.
 
 mod boot;
+mod devices;
 mod failures;
 mod matrix;
 mod moves;
@@ -15,5 +16,6 @@ fn main() {
     trials.extend(moves::trials());
     trials.extend(failures::trials());
     trials.extend(refusals::trials());
+    trials.extend(devices::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }

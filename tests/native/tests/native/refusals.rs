@@ -75,7 +75,22 @@ fn configs(folder: &Folder) -> Result<()> {
         ("/memory/sise", json!(1), &["sise"]),
         ("/cpus/boot_vcpus", json!(0), &["cpus.boot_vcpus"]),
         ("/cpus/boot_vcpus", json!(100_000), &["cpus.boot_vcpus"]),
-        ("/disks", json!([{"path": "/dev/sda"}]), &["disks"]),
+        (
+            "/disks",
+            json!([{"path": "a", "vhost_user": true}]),
+            &["disks.vhost_user", "leave it out"],
+        ),
+        (
+            "/disks",
+            json!([{"path": "a", "queue_size": 3}]),
+            &["disks.queue_size"],
+        ),
+        (
+            "/net",
+            json!([{"mac": "01:00:00:00:00:00"}]),
+            &["net", "group"],
+        ),
+        ("/balloon", json!({"size": 5}), &["balloon.size"]),
         ("/nonsense", json!(1), &["nonsense"]),
     ];
     for (pointer, value, words) in cases {

@@ -1,0 +1,314 @@
+//! Disks, network interfaces and the other devices of stock guests: at work while the guest moves, coming and going, growing.
+
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use lab::{Cpu, Entry, Host, Kernel, Lab};
+use libtest_mimic::Trial;
+
+use crate::stock::{BackEnd, Guest, bare_host, built};
+use crate::trial;
+
+/// What a guest's kernel needs for its devices, where it is not built in.
+const MODULES: [&str; 13] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "rng-core",
+    "virtio-rng",
+    "virtio_balloon",
+    "virtio_console",
+];
+
+type Body = (&'static str, fn(Guest) -> Result<()>);
+
+const BODIES: [Body; 3] = [
+    ("writes_go_on_over_moves", writes_go_on_over_moves),
+    ("devices_come_and_go", devices_come_and_go),
+    ("a_stream_survives_a_move_to_another_host", stream),
+];
+
+/// Every test of devices.
+pub(crate) fn trials() -> Vec<Trial> {
+    let guest = |back_end, kernel, entry, vcpus| Guest {
+        back_end,
+        kernel,
+        entry,
+        vcpus,
+        model: "host",
+    };
+    let mut trials = Vec::new();
+    for (name, body) in BODIES {
+        for guest in [
+            guest(BackEnd::Kvm, Kernel::Debian61, Entry::BzImage, 1),
+            guest(BackEnd::Kvm, Kernel::Debian612, Entry::Pvh, 2),
+        ] {
+            trials.push(trial(
+                format!("devices::{name}::{}", guest.name()),
+                move || body(guest),
+            ));
+        }
+    }
+    let cells = [
+        guest(BackEnd::Kvm, Kernel::Debian61, Entry::Pvh, 1),
+        guest(BackEnd::Kvm, Kernel::Debian612, Entry::BzImage, 4),
+        guest(BackEnd::Mshv, Kernel::Debian612, Entry::Pvh, 2),
+    ];
+    for guest in cells {
+        trials.push(trial(
+            format!("devices::root_on_a_disk::{}", guest.name()),
+            move || root_on_a_disk(guest),
+        ));
+    }
+    trials
+}
+
+/// A host with a guest that has these devices (JSON, with a comma before), and the programs that watch them.
+fn host(guest: Guest, devices: &str) -> Result<Host> {
+    let writes = built("writes", "WRITES_BIN", "probes")?;
+    Ok(guest
+        .host(Cpu::Max)?
+        .data("vm.json", guest.config_with(devices, ""))
+        .guest_modules(&MODULES)
+        .guest_program(&writes, "bin/writes")
+        .program(&writes, "bin/writes"))
+}
+
+/// A guest writes a disk, and a file on another one, while it moves; afterwards everything is there.
+fn writes_go_on_over_moves(guest: Guest) -> Result<()> {
+    let devices = r#", "disks": [
+        {"path": "/tmp/raw.img", "id": "raw", "direct": false},
+        {"path": "/tmp/fs.img", "id": "fs", "num_queues": 2, "serial": "LAB-FS"}
+    ], "balloon": {"size": 0}"#;
+    let host = host(guest, devices)?.data("image.ext4", ext4(None)?);
+    let script = guest.back_end.prelude(guest.vcpus)
+        + r"truncate -s 16M /tmp/raw.img
+            cp /image.ext4 /tmp/fs.img
+            boot src
+            tell src 'cat /sys/block/vdb/serial; mount -t ext4 /dev/vdb /root && echo mounted-ok'
+            expect src '^LAB-FS'
+            expect src 'mounted-ok$'
+            tell src 'dd if=/dev/zero of=/root/file bs=1M count=4 2>/dev/null; sync; echo filled-$?-'
+            expect src 'filled-0-'
+            tell src 'writes run /dev/vda /tmp/raw & writes run /root/file /tmp/file &'
+            expect src 'writes: [0-9]* blocks' 2
+            counts src
+            from=src
+            for i in 1 2 3; do
+                receive dst$i unix:/tmp/move$i.sock --trust-source
+                move_away $from unix:/tmp/move$i.sock
+                arrived dst$i
+                from=dst$i
+            done
+            sleep 1
+            tell $from 'cat /tmp/raw /tmp/file'
+            expect $from 'writes-ok [0-9]* writes' 2
+            ! grep -a WRITES-BAD /tmp/*.out || fail 'a disk has lost a write'
+            tell $from 'killall writes; sleep 1; umount /root; sync; echo unmounted-$?-'
+            expect $from 'unmounted-0-'
+            tell $from 'poweroff -f'
+            ends $from 0
+            writes check /tmp/raw.img
+            grep -a writes-ok /tmp/$from.out
+            share /tmp/fs.img fs.img 2>/dev/null || :
+            e2fsck -fn /tmp/fs.img || fail 'the file system is damaged'";
+    host.program(Path::new("/usr/sbin/e2fsck"), "bin/e2fsck")
+        .run(&script)?
+        .success()
+}
+
+/// A disk and an interface are added, used, and taken away, before and after a move; the balloon takes memory and gives it back; a disk
+/// grows; bad requests are refused by name.
+fn devices_come_and_go(guest: Guest) -> Result<()> {
+    let host = host(guest, r#", "balloon": {"size": 0}"#)?;
+    let script = guest.back_end.prelude(guest.vcpus)
+        + r#"api() { vmm ctl --api-socket /tmp/$vm.sock "$@"; }
+            refused() {
+                word=$1
+                shift
+                api "$@" >/tmp/api.out 2>/tmp/api.err && fail "accepted: $*"
+                grep -q "$word" /tmp/api.err || fail "not for $word: $(cat /tmp/api.err)"
+            }
+            # round N: with the machine $vm.
+            round() {
+                truncate -s 8M /tmp/hot.img
+                api add-disk /tmp/hot.img --id hot | tee /tmp/added
+                grep -q '"bdf": "0000:00:' /tmp/added || fail 'no address'
+                refused 'in use' add-disk /tmp/hot.img --id again
+                refused 'hot. is there twice' add-disk /tmp/other.img --id hot
+                refused 'does not exist' add-disk /tmp/nowhere.img
+                tell $vm "until [ -b /dev/vda ]; do sleep 1; done; echo disk-$1-\$(cat /sys/block/vda/size)"
+                expect $vm "disk-$1-16384"
+                tell $vm "dd if=/dev/urandom of=/dev/vda bs=64k count=16 oflag=direct 2>/dev/null; md5sum /dev/vda | sed 's/ .*/-sum-$1/'"
+                expect $vm "^[0-9a-f]\{32\}-sum-$1"
+                sum=$(tr -d '\r' </tmp/$vm.out | sed -n "s/.*\([0-9a-f]\{32\}\)-sum-$1.*/\1/p" | tail -1)
+                [ "$(md5sum </tmp/hot.img | cut -c1-32)" = "$sum" ] || fail 'the disk holds something else'
+                api resize-disk hot 16777216
+                tell $vm "until [ \$(cat /sys/block/vda/size) = 32768 ]; do sleep 1; done; echo grown-$1-ok"
+                expect $vm "grown-$1-ok\$"
+                api remove-device hot
+                tell $vm "while [ -e /sys/block/vda ]; do sleep 1; done; echo gone-$1-ok"
+                expect $vm "gone-$1-ok\$"
+                until_ok 20 sh -c "! vmm ctl --api-socket /tmp/$vm.sock info | grep -q hot.img"
+                refused 'no device .hot.' remove-device hot
+                api add-net --id nic --mac 52:54:00:00:00:0$1
+                tell $vm "until [ -e /sys/class/net/eth0 ]; do sleep 1; done; cat /sys/class/net/eth0/address"
+                expect $vm "^52:54:00:00:00:0$1"
+                api remove-device nic
+                tell $vm "while [ -e /sys/class/net/eth0 ]; do sleep 1; done; echo no-nic-$1-ok"
+                expect $vm "no-nic-$1-ok\$"
+                before=$(awk '/^VmRSS/ { print $2 }' /proc/$(cat /tmp/$vm.pid)/status)
+                api resize --balloon 67108864
+                until_ok 60 sh -c "vmm ctl --api-socket /tmp/$vm.sock counters | grep -q '\"actual_bytes\": 67108864'"
+                after=$(awk '/^VmRSS/ { print $2 }' /proc/$(cat /tmp/$vm.pid)/status)
+                echo "resident: $before kB, with the balloon $after kB"
+                api resize --balloon 0
+                until_ok 60 sh -c "vmm ctl --api-socket /tmp/$vm.sock counters | grep -q '\"actual_bytes\": 0'"
+                shell_works $vm
+            }
+            boot src
+            vm=src
+            refused 'balloon.size' resize --balloon 999
+            tell src 'dd if=/dev/hwrng bs=16 count=1 2>/dev/null | md5sum; cat /sys/class/misc/hw_random/rng_current'
+            expect src '^virtio_rng'
+            round 1
+            receive dst unix:/tmp/move.sock --trust-source
+            move_away src unix:/tmp/move.sock
+            arrived dst
+            vm=dst
+            round 2
+            tell dst 'poweroff -f'
+            ends dst 0"#;
+    host.run(&script)?.success()
+}
+
+/// A guest with an address on a bridge of its host answers pings and receives a stream; it moves to another host on the same network, and
+/// the stream goes on.
+fn stream(guest: Guest) -> Result<()> {
+    let devices = r#", "net": [{"tap": "tap0", "mac": "52:54:00:12:34:56", "id": "nic"}]"#;
+    let bridge = r"
+            brctl addbr br0
+            ip link set br0 up
+            ip addr flush dev eth0
+            brctl addif br0 eth0
+            ip addr add $ADDRESS/24 dev br0
+            tunctl -t tap0
+            brctl addif br0 tap0
+            ip link set tap0 up
+            ";
+    let source = host(guest, devices)?.name("source");
+    let destination = bare_host(Cpu::Max)?.name("destination");
+    let prelude = guest.back_end.prelude(guest.vcpus);
+    let [source, destination] = Lab::pair(source, destination).run(
+        &(prelude.clone()
+            + bridge
+            + r#"boot src
+            tell src 'ip addr add 10.0.0.77/24 dev eth0 && ip link set eth0 up && echo net-ok'
+            expect src 'net-ok$'
+            until_ok 20 ping -c 1 -W 1 10.0.0.77
+            counts src
+            tell src 'nc -l -p 7000 -e /bin/cat &'
+            sleep 1
+            # A line every 20 ms through the guest and back: each number once and in order.
+            (i=0; while [ ! -e /tmp/enough ]; do i=$((i + 1)); echo $i; usleep 20000; done; sleep 3) | nc 10.0.0.77 7000 >/tmp/echo.txt &
+            ping -i 0.05 10.0.0.77 >/tmp/ping.txt 2>&1 &
+            ping=$!
+            until_ok 20 grep -q '^20$' /tmp/echo.txt
+            await listening
+            move_away src tcp:$PEER:4600
+            share /tmp/src.out src.out
+            last=$(tail -1 /tmp/echo.txt)
+            want=$((last + 50))
+            until_ok 40 sh -c "[ \$(tail -1 /tmp/echo.txt) -gt $want ]"
+            : >/tmp/enough
+            kill -INT $ping
+            wait $ping || :
+            sleep 4
+            awk '$1 != NR { print; exit 1 }' /tmp/echo.txt || fail 'the stream has a gap'
+            tail -3 /tmp/ping.txt
+            echo streamed $(tail -1 /tmp/echo.txt) lines
+            signal streamed
+            await fetched"#),
+        &(prelude
+            + bridge
+            + r"receive dst tcp:0.0.0.0:4600 --tap nic=tap0
+            signal listening
+            await src.out /tmp/src.log
+            await streamed
+            goes_on src.log dst
+            signal fetched
+            tell dst 'poweroff -f'
+            ends dst 0"),
+    )?;
+    source.success()?;
+    destination.success()
+}
+
+/// The guest's whole user space is on a disk; it reboots, and powers off cleanly.
+fn root_on_a_disk(guest: Guest) -> Result<()> {
+    let devices = r#", "disks": [{"path": "/tmp/root.img", "id": "root"}]"#;
+    let root = guest_tree(guest)?;
+    let host = guest
+        .host(Cpu::Max)?
+        .data("vm.json", guest.config_with(devices, " labroot=/dev/vda"))
+        .guest_modules(&MODULES)
+        .data("root.ext4", ext4(Some(root.path()))?)
+        .program(Path::new("/usr/sbin/e2fsck"), "bin/e2fsck");
+    let script = guest.back_end.prelude(guest.vcpus)
+        + r"cp /root.ext4 /tmp/root.img
+            boot vm
+            expect vm '^ROOT-ON-DISK /dev/vda'
+            shell_works vm
+            tell vm 'echo kept >/kept; sync; reboot -f'
+            expect vm '^ROOT-ON-DISK /dev/vda' 2
+            shell_works vm
+            tell vm 'cat /kept; mount -o remount,ro / && echo read-only-ok'
+            expect vm '^kept'
+            expect vm 'read-only-ok$'
+            tell vm 'poweroff -f'
+            ends vm 0
+            e2fsck -fn /tmp/root.img || fail 'the file system is damaged'";
+    host.run(&script)?.success()
+}
+
+/// A file system of 16 MiB, with what is in a folder.
+fn ext4(tree: Option<&Path>) -> Result<Vec<u8>> {
+    let folder = tempfile::tempdir()?;
+    let image = folder.path().join("image");
+    std::fs::File::create(&image)?.set_len(16 << 20)?;
+    let mut mke2fs = Command::new("/sbin/mke2fs");
+    mke2fs.args(["-q", "-t", "ext4", "-b", "4096"]);
+    if let Some(tree) = tree {
+        mke2fs.arg("-d").arg(tree);
+    }
+    let made = mke2fs
+        .arg(&image)
+        .status()
+        .context("no mke2fs: apt-get install e2fsprogs")?;
+    ensure!(made.success(), "mke2fs ended with {made}");
+    Ok(std::fs::read(&image)?)
+}
+
+/// The user space of a guest as files, with a mark that it is on a disk.
+fn guest_tree(guest: Guest) -> Result<tempfile::TempDir> {
+    let folder = tempfile::tempdir()?;
+    let archive = lab::Image::guest(guest.kernel, &[])?.finish();
+    let mut cpio = Command::new("busybox")
+        .args(["cpio", "-idm", "--quiet"])
+        .current_dir(folder.path())
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .context("no busybox: apt-get install busybox-static")?;
+    std::io::Write::write_all(&mut cpio.stdin.take().context("no pipe")?, &archive)?;
+    let unpacked = cpio.wait()?;
+    ensure!(unpacked.success(), "cpio ended with {unpacked}");
+    std::fs::write(folder.path().join("on-disk"), "")?;
+    Ok(folder)
+}
