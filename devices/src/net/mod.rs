@@ -43,7 +43,7 @@ mod packet_tests;
 #[cfg(test)]
 mod tap_tests;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use device::{Net, NetConfig, NetError};
 pub use mac::{MacAddr, MacError};

@@ -162,3 +162,8 @@ pub(super) fn counter(net: &Net, name: &str) -> u64 {
         .map(|(_, value)| value)
         .expect("a counter")
 }
+
+/// A device with one pair of queues and nobody at the other end.
+pub(crate) fn unconnected() -> Net {
+    Net::on_ports(NetConfig::new(mac()), ports(1).0, OFFLOADS).expect("a device")
+}

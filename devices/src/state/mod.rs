@@ -135,4 +135,6 @@ pub(crate) fn decode<T: DeserializeOwned>(
 }
 
 #[cfg(test)]
+mod fixtures;
+#[cfg(test)]
 mod tests;

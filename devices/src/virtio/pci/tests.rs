@@ -63,8 +63,9 @@ impl VirtioDevice for EchoDevice {
     }
 }
 
+/// Remembers the data of messages.
 #[derive(Default)]
-struct Sent(Mutex<Vec<u32>>);
+pub(crate) struct Sent(Mutex<Vec<u32>>);
 
 impl MsiSink for Sent {
     fn send(&self, _address: u64, data: u32) {
@@ -75,7 +76,7 @@ impl MsiSink for Sent {
 
 /// Remembers what is registered.
 #[derive(Default)]
-struct Events(Mutex<Vec<u64>>);
+pub(crate) struct Events(Mutex<Vec<u64>>);
 
 impl IoEvents for Events {
     fn register(&self, gpa: u64, _event: &EventFd) -> io::Result<()> {
