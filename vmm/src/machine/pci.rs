@@ -59,10 +59,23 @@ impl Device {
         match self {
             Self::Rng(_) | Self::Vsock(_) => Vec::new(),
             Self::Console(console) => vec![("lost_output_bytes", console.lost_output())],
-            Self::Balloon(balloon) => vec![
-                ("target_bytes", balloon.target_bytes()),
-                ("actual_bytes", balloon.actual_bytes()),
-            ],
+            Self::Balloon(balloon) => {
+                let counters = balloon.counters();
+                let mut all = vec![
+                    ("target_bytes", balloon.target_bytes()),
+                    ("actual_bytes", balloon.actual_bytes()),
+                    ("inflated_pages", counters.inflated_pages),
+                    ("deflated_pages", counters.deflated_pages),
+                    ("reported_pages", counters.reported_pages),
+                    ("discarded_pages", counters.discarded_pages),
+                    ("ignored_pages", counters.ignored_pages),
+                    ("failed_pages", counters.failed_pages),
+                ];
+                // The driver's, which come when it has been asked: by whoever looks, for the next one.
+                balloon.request_statistics();
+                all.extend(balloon.statistics());
+                all
+            }
             Self::Disk(disk) => disk.counters(),
             Self::Net(net) => net.counters(),
         }

@@ -11,7 +11,7 @@ use crate::stock::{BackEnd, Guest, bare_host, built};
 use crate::trial;
 
 /// What a guest's kernel needs for its devices, where it is not built in.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 16] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
@@ -25,6 +25,9 @@ const MODULES: [&str; 13] = [
     "virtio-rng",
     "virtio_balloon",
     "virtio_console",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
 ];
 
 type Body = (&'static str, fn(Guest) -> Result<()>);
@@ -127,7 +130,12 @@ fn writes_go_on_over_moves(guest: Guest) -> Result<()> {
 /// A disk and an interface are added, used, and taken away, before and after a move; the balloon takes memory and gives it back; a disk
 /// grows; bad requests are refused by name.
 fn devices_come_and_go(guest: Guest) -> Result<()> {
-    let host = host(guest, r#", "balloon": {"size": 0}"#)?;
+    let devices = r#", "balloon": {"size": 0, "free_page_reporting": true}, "vsock": {"cid": 7, "socket": "/tmp/vsock"},
+        "console": {"mode": "File", "file": "/tmp/hvc"}"#;
+    let vsock = built("vsock", "VSOCK_BIN", "probes")?;
+    let host = host(guest, devices)?
+        .guest_program(&vsock, "bin/vsock")
+        .program(&vsock, "bin/vsock");
     let script = guest.back_end.prelude(guest.vcpus)
         + r#"api() { vmm ctl --api-socket /tmp/$vm.sock "$@"; }
             refused() {
@@ -171,11 +179,26 @@ fn devices_come_and_go(guest: Guest) -> Result<()> {
                 echo "resident: $before kB, with the balloon $after kB"
                 api resize --balloon 0
                 until_ok 60 sh -c "vmm ctl --api-socket /tmp/$vm.sock counters | grep -q '\"actual_bytes\": 0'"
+                tell $vm "echo console-$1-works >/dev/hvc0"
+                until_ok 20 grep -q console-$1-works /tmp/hvc
+                tell $vm "dd if=/dev/zero of=/big bs=1M count=48 2>/dev/null; rm /big"
+                until_ok 60 sh -c "vmm ctl --api-socket /tmp/$vm.sock counters | grep -q '\"reported_pages\": [1-9]'"
+                until_ok 20 sh -c "vsock ask /tmp/vsock 1000 hello-$1 | grep -q 'vsock: hello-$1'"
+                vsock answer /tmp/vsock_1001 >/tmp/heard &
+                answering=$!
+                until_ok 10 [ -S /tmp/vsock_1001 ]
+                tell $vm "vsock tell 1001 from-the-guest-$1"
+                expect $vm "vsock: heard: from-the-guest-$1"
+                wait $answering
+                grep -q from-the-guest-$1 /tmp/heard || fail 'the host heard something else'
+                rm /tmp/vsock_1001
                 shell_works $vm
             }
             boot src
             vm=src
             refused 'balloon.size' resize --balloon 999
+            tell src 'vsock echo 1000 &'
+            expect src 'vsock: listening'
             tell src 'dd if=/dev/hwrng bs=16 count=1 2>/dev/null | md5sum; cat /sys/class/misc/hw_random/rng_current'
             expect src '^virtio_rng'
             round 1
