@@ -9,9 +9,9 @@
 //!
 //! Promises:
 //!
-//! - No vCPU waits for the other end, and no output is lost for want of a reader: it waits in the ring, and the driver with it. Only what
-//!   the other end will never take is lost, and what a single request has beyond [`crate::endpoint::OUTPUT_CAPACITY`]; both are counted
-//!   ([`Console::lost_output`]).
+//! - No vCPU waits for the other end for long. Output waits in the ring, and the driver with it, as long as somebody reads; when none of it
+//!   has left for a moment, the oldest is lost, since Linux waits for each request with a spinning vCPU. Lost is also what the other end will
+//!   never take, and what a single request has beyond [`crate::endpoint::OUTPUT_CAPACITY`]. All that is counted ([`Console::lost_output`]).
 //! - Input is read from the other end only while the guest has a buffer for it.
 //! - A saved state has every byte exactly once that was taken from the other end and not given to the guest, or taken from the guest and
 //!   not by the other end. The pump stands still from the moment of saving, or restoring, until a queue starts or the driver resets the

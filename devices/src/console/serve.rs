@@ -2,10 +2,15 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::port::Port;
 use crate::endpoint::OUTPUT_CAPACITY;
 use crate::virtio::{QueueError, QueueHandler, Virtqueue};
+
+/// How long output waits for room while none of it leaves. Linux sends with a spinning vCPU that has its interrupts off, so that a terminal
+/// that nobody reads would stop the guest for good.
+const PATIENCE: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Direction {
@@ -24,25 +29,46 @@ enum Served {
 pub(super) struct Handler {
     port: Arc<Port>,
     direction: Direction,
+    /// Until when the first request in the transmit queue waits for room.
+    until: Option<Instant>,
+    /// It has waited in vain, and there has been no room since.
+    unread: bool,
 }
 
 impl Handler {
     pub(super) fn receive(port: Arc<Port>) -> Self {
-        Self {
-            port,
-            direction: Direction::Receive,
-        }
+        Self::new(port, Direction::Receive)
     }
 
     pub(super) fn transmit(port: Arc<Port>) -> Self {
+        Self::new(port, Direction::Transmit)
+    }
+
+    fn new(port: Arc<Port>, direction: Direction) -> Self {
         Self {
             port,
-            direction: Direction::Transmit,
+            direction,
+            until: None,
+            unread: false,
         }
     }
 
+    /// Whether a request has to wait for room.
+    fn must_wait(&mut self, len: usize) -> bool {
+        if self.port.has_room(len) {
+            (self.until, self.unread) = (None, false);
+            return false;
+        }
+        let now = Instant::now();
+        self.unread |= now >= *self.until.get_or_insert(now + PATIENCE);
+        if self.unread {
+            self.until = None;
+        }
+        !self.unread
+    }
+
     /// Serves the next request, if there is one.
-    fn serve(&self, queue: &mut Virtqueue) -> Result<Option<Served>, QueueError> {
+    fn serve(&mut self, queue: &mut Virtqueue) -> Result<Option<Served>, QueueError> {
         let Some(chain) = queue.pop()? else {
             return Ok(None);
         };
@@ -59,7 +85,7 @@ impl Handler {
             }
             Direction::Transmit => {
                 let len = chain.readable.len().min(OUTPUT_CAPACITY as u64) as usize;
-                if !self.port.has_room(len) {
+                if self.must_wait(len) {
                     queue.unpop();
                     return Ok(Some(Served::Waits));
                 }
@@ -80,7 +106,14 @@ impl QueueHandler for Handler {
         // Empty if it was something else that woke this thread.
         let _ = match self.direction {
             Direction::Receive => self.port.arrived.read(),
-            Direction::Transmit => self.port.left.read(),
+            Direction::Transmit => {
+                let left = self.port.left.read();
+                if left.is_ok() {
+                    // Somebody reads.
+                    self.until = None;
+                }
+                left
+            }
         };
         // A driver that never stops must not keep the worker from stopping.
         for _ in 0..queue.size() {
@@ -117,5 +150,10 @@ impl QueueHandler for Handler {
         };
         // SAFETY: the event is open for as long as `self.port`, which `self` borrows.
         vec![unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }]
+    }
+
+    fn timeout(&self) -> Option<Duration> {
+        self.until
+            .map(|until| until.saturating_duration_since(Instant::now()))
     }
 }

@@ -121,7 +121,25 @@ fn input_is_left_alone_until_there_is_a_buffer() {
 }
 
 #[test]
-fn output_without_a_reader_waits_in_the_ring_and_none_is_lost() {
+fn a_driver_does_not_wait_for_ever_for_a_reader() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (config, path) = socket(&dir, "s");
+    let mut s = setup(config).start();
+    let sent = numbers(200_000);
+    // Nobody is there, and Linux waits for each request before it makes the next, with its interrupts off.
+    for part in sent.chunks(20_000) {
+        s.transmit.offer(&[part], &[]);
+        s.transmit.wait_used();
+    }
+    let lost = sent.len() - OUTPUT_CAPACITY;
+    assert_eq!(s.device.lost_output(), lost as u64);
+    // Who comes late gets the latest.
+    let mut peer = connect(&path);
+    assert!(read(&mut peer, OUTPUT_CAPACITY) == sent[lost..]);
+}
+
+#[test]
+fn output_waits_in_the_ring_for_a_reader_who_comes_soon() {
     let dir = tempfile::tempdir().expect("a directory");
     let (config, path) = socket(&dir, "s");
     let mut s = setup(config).start();
