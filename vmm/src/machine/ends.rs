@@ -16,7 +16,7 @@ use devices::rate_limiter::{RateLimiterConfig as Limits, TokenBucketConfig as Bu
 use crate::config::{DiskConfig, NetConfig, TokenBucketConfig};
 
 /// How long a source waits for an image that the destination has locked and is about to let go.
-const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// When a guest's addresses are announced after a move, after the arrival: switches learn from the first that comes through.
 const ANNOUNCEMENTS_MS: [u64; 6] = [0, 50, 150, 400, 1000, 3000];
 
@@ -104,16 +104,18 @@ pub(super) fn lock(disks: &[(String, Arc<Block>)]) -> Result<(), (String, DiskEr
     Ok(())
 }
 
-/// Locks the images of a guest that comes back after a failed move. The destination may still be letting them go. A guest that would not come
-/// back at all would be worse than one whose image is not locked, so this only complains.
-pub(super) fn lock_again(disks: &[(String, Arc<Block>)]) {
-    let until = Instant::now() + LOCK_PATIENCE;
-    while let Err((id, error)) = lock(disks) {
-        if Instant::now() > until {
-            tracing::error!(id, %error, "the guest goes on without a lock on its image; see who else uses it");
-            return;
+/// Locks the images of a guest that comes back after a failed move. The destination may still be letting them go. A guest whose image
+/// somebody else has must not run: no queue starts without the lock, so it would find its disks dead, and could not be helped any more.
+pub(super) fn lock_again(
+    disks: &[(String, Arc<Block>)],
+    patience: Duration,
+) -> Result<(), (String, DiskError)> {
+    let until = Instant::now() + patience;
+    loop {
+        match lock(disks) {
+            Err(_) if Instant::now() < until => std::thread::sleep(Duration::from_millis(20)),
+            result => return result,
         }
-        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
@@ -143,5 +145,32 @@ pub(super) fn announce(nets: Vec<Arc<Net>>) {
         });
     if let Err(error) = announcer {
         tracing::warn!(%error, "the network is not told where the guest is");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_comes_back_only_to_images_that_nobody_else_has() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("disk.raw");
+        std::fs::write(&path, [0; 4096]).expect("room");
+        let json = format!(r#"{{"path": {path:?}, "num_queues": 1}}"#);
+        let config: DiskConfig = serde_json::from_str(&json).expect("a config");
+        let make = |arriving| {
+            let disk = disk("d", &config, arriving).expect("an image");
+            [("d".to_owned(), Arc::new(disk))]
+        };
+        let (there, here) = (make(false), make(true));
+        let moment = Duration::from_millis(30);
+        assert!(matches!(
+            lock_again(&here, moment),
+            Err((id, DiskError::InUse { .. })) if id == "d"
+        ));
+        unlock(&there);
+        assert!(lock_again(&here, moment).is_ok());
+        assert!(lock(&there).is_err());
     }
 }

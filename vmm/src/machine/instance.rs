@@ -12,6 +12,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use arch::x86_64::acpi;
 use arch::x86_64::boot::{self, BootError, BootSources};
@@ -445,9 +446,23 @@ impl Instance {
         ends::unlock(&self.devices.pci().disks());
     }
 
-    /// Takes them back after a move that has failed.
-    pub(super) fn lock_disks_again(&self) {
-        ends::lock_again(&self.devices.pci().disks());
+    /// Takes them back before the guest runs again, after a move that has failed or in doubt.
+    pub(super) fn lock_disks_again(&self) -> Result<(), DeviceError> {
+        self.lock_disks_within(ends::LOCK_PATIENCE)
+    }
+
+    /// Makes sure that the machine has the locks of its images, as it does unless a move has failed.
+    pub(super) fn lock_disks(&self) -> Result<(), DeviceError> {
+        self.lock_disks_within(Duration::ZERO)
+    }
+
+    fn lock_disks_within(&self, patience: Duration) -> Result<(), DeviceError> {
+        ends::lock_again(&self.devices.pci().disks(), patience).map_err(|(id, source)| {
+            DeviceError::Function {
+                id,
+                source: source.into(),
+            }
+        })
     }
 
     /// Tells the network that the guest is here now.
@@ -585,10 +600,7 @@ impl Instance {
                 },
             )
         }))?;
-        ends::lock(&self.devices.pci().disks()).map_err(|(id, source)| DeviceError::Function {
-            id,
-            source: source.into(),
-        })?;
+        self.lock_disks()?;
         self.vm.set_clock(&state.clock)?;
         Ok(())
     }

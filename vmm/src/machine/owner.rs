@@ -293,6 +293,9 @@ impl Owner {
             )));
         }
         if let Some(instance) = &vm.instance {
+            instance
+                .lock_disks()
+                .map_err(|error| ServiceError::new(ErrorKind::Failed, error_chain(&error)))?;
             instance.resume();
         }
         vm.state = VmState::Running;

@@ -96,8 +96,10 @@ impl SourceMachine for MovingOut {
     }
 
     fn resume(&mut self) -> Result<(), MachineError> {
-        if std::mem::take(&mut self.paused) {
-            self.instance.lock_disks_again();
+        if self.paused {
+            // Without them it stays paused, and this can be tried again.
+            self.instance.lock_disks_again()?;
+            self.paused = false;
             if self.run_state == RunState::Running {
                 self.instance.resume();
             }
