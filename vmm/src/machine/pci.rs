@@ -55,6 +55,11 @@ impl Device {
         }
     }
 
+    /// Whether it may go while the machine exists. All others are part of every machine of the config: a destination would miss their state.
+    fn is_removable(&self) -> bool {
+        matches!(self, Self::Disk(_) | Self::Net(_))
+    }
+
     fn counters(&self) -> Vec<(&'static str, u64)> {
         match self {
             Self::Rng(_) | Self::Vsock(_) => Vec::new(),
@@ -107,7 +112,10 @@ impl Functions {
 impl EjectSink for Functions {
     fn ejected(&self, slot: u8) {
         let mut all = self.lock();
-        let Some(at) = all.iter().position(|function| function.slot == slot) else {
+        let Some(at) = all
+            .iter()
+            .position(|function| function.slot == slot && function.device.is_removable())
+        else {
             return;
         };
         let gone = all.remove(at);
@@ -375,5 +383,74 @@ impl IoEvents for Notifications {
         self.0
             .unregister_ioevent(event, IoEventAddress::Mmio(gpa), IoEventMatch::Any)
             .map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use devices::{BusSpace, IoapicRoute};
+    use memory::{Backing, RamRange};
+
+    use super::super::Event;
+    use super::*;
+
+    struct Nobody;
+
+    impl MsiSink for Nobody {
+        fn send(&self, _address: u64, _data: u32) {}
+        fn route_changed(&self, _pin: u32, _route: Option<IoapicRoute>) {}
+    }
+
+    impl IoEvents for Nobody {
+        fn register(&self, _gpa: u64, _event: &EventFd) -> io::Result<()> {
+            Ok(())
+        }
+        fn unregister(&self, _gpa: u64, _event: &EventFd) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_guest_ejects_only_what_the_config_can_do_without() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("disk.raw");
+        std::fs::write(&path, [0; 4096]).expect("room");
+        let disk = devices::block::DiskConfig::new(path);
+        let disk = Device::Disk(Arc::new(Block::new("d", disk).expect("an image")));
+        let rng = Device::Rng(Arc::new(Rng::new(None).expect("no file")));
+        let ranges = [RamRange {
+            gpa: 0,
+            len: 1 << 20,
+        }];
+        let ram = GuestRam::new(&ranges, Backing::Anonymous { thp: false }).expect("memory");
+        let mmio = Arc::new(Bus::new(BusSpace::Mmio));
+        let (events, inbox) = mpsc::channel();
+        let functions = Functions {
+            bus: Arc::new(PciBus::new(&mmio, (0xc000_0000, 0x10_0000))),
+            all: Mutex::default(),
+            demands: Arc::new(Demands::new(7, events)),
+        };
+        for (id, device) in [("rng", rng), ("d", disk)] {
+            let memory = ram.guest_memory().clone();
+            let transport =
+                VirtioPci::new(device.virtio(), memory, Arc::new(Nobody), Arc::new(Nobody));
+            let transport = Arc::new(transport.expect("a function"));
+            let slot = functions.bus.insert(transport.clone(), None).expect("room");
+            functions.lock().push(Function {
+                id: id.to_owned(),
+                slot,
+                device,
+                transport,
+            });
+        }
+        for slot in 0..32 {
+            functions.ejected(slot);
+        }
+        let left: Vec<String> = functions.lock().iter().map(|f| f.id.clone()).collect();
+        assert_eq!(left, ["rng"]);
+        assert!(matches!(inbox.try_recv(), Ok(Event::Ejected(7, id)) if id == "d"));
+        assert!(inbox.try_recv().is_err());
     }
 }
