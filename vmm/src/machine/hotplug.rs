@@ -8,6 +8,7 @@
 //! ```
 
 use crate::config::{DiskConfig, NetConfig, VmConfig};
+use crate::job::JobKind;
 use crate::service::{
     DeviceInfo, ErrorKind, Reply, Resize, ResizeDisk, Response, ServiceError, VmState,
 };
@@ -105,6 +106,14 @@ impl Owner {
 
     /// The guest has let a device go.
     pub(super) fn ejected(&mut self, machine: u64, id: &str) {
+        if let Some(moving) = &mut self.moving
+            && moving.kind == JobKind::Receive
+            && moving.arriving == machine
+        {
+            // The guest runs here already, and this thread does not know of it yet.
+            moving.ejected.push(id.to_owned());
+            return;
+        }
         let Some(vm) = &mut self.vm else { return };
         if vm
             .instance
@@ -202,4 +211,38 @@ fn removable(config: &VmConfig, id: &str) -> bool {
 fn take_out(config: &mut VmConfig, id: &str) {
     config.disks.retain(|disk| disk.id.as_deref() != Some(id));
     config.net.retain(|net| net.id.as_deref() != Some(id));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::mpsc;
+
+    use migration::MoveControl;
+
+    use super::super::GuestEnd;
+    use super::super::owner::Moving;
+    use super::*;
+    use crate::job::Jobs;
+
+    #[test]
+    fn what_goes_before_the_arrival_is_known_is_not_forgotten() {
+        let (events, _inbox) = mpsc::channel();
+        let jobs = Jobs::default();
+        let control = Arc::new(MoveControl::new());
+        let job = jobs.start(JobKind::Receive, "unix:/x".to_owned(), control.clone());
+        let mut owner = Owner::new(GuestEnd::Stays, None, events, jobs);
+        owner.moving = Some(Moving {
+            job,
+            kind: JobKind::Receive,
+            control,
+            arriving: 7,
+            early: Vec::new(),
+            ejected: Vec::new(),
+        });
+        owner.ejected(6, "of another machine");
+        owner.ejected(7, "disk");
+        let moving = owner.moving.expect("still");
+        assert_eq!(moving.ejected, ["disk"]);
+    }
 }

@@ -77,6 +77,7 @@ impl Owner {
             control,
             arriving,
             early: Vec::new(),
+            ejected: Vec::new(),
         });
         Ok(Response::JobStarted(job))
     }
@@ -273,10 +274,10 @@ impl Owner {
         job: JobId,
         result: Result<(migration::ReceiveReport, super::destination::Arrived), ReceiveFailure>,
     ) {
-        let early = self
+        let (arriving, early, ejected) = self
             .moving
             .take()
-            .map(|moving| moving.early)
+            .map(|moving| (moving.arriving, moving.early, moving.ejected))
             .unwrap_or_default();
         match result {
             Ok((_, arrived)) => {
@@ -295,6 +296,9 @@ impl Owner {
                     reply_to(Err(ServiceError::wrong_state(
                         "a machine has arrived meanwhile and runs here: ask again to power it off",
                     )));
+                }
+                for id in ejected {
+                    self.ejected(arriving, &id);
                 }
                 for demand in early {
                     self.serve(demand);

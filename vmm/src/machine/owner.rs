@@ -33,6 +33,8 @@ pub(super) struct Moving {
     pub(super) arriving: u64,
     /// What the arriving guest asked for before this thread knew that it runs.
     pub(super) early: Vec<Demand>,
+    /// What it let go of before.
+    pub(super) ejected: Vec<String>,
 }
 
 /// Owns the machine.
