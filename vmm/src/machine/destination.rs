@@ -62,6 +62,17 @@ impl Ends {
         for net in &mut config.net {
             let id = net.id.clone().unwrap_or_default();
             match self.taps.get(&id) {
+                // Its addresses are this host's: who chooses them can draw the host's traffic to the guest.
+                Some(_)
+                    if !self.trust_source
+                        && (net.ip.is_some() || net.mask.is_some() || net.host_mac.is_some()) =>
+                {
+                    let detail = format!(
+                        "network interface {id} gives addresses to the host's end: say that the source may do so (`--trust-source`), or \
+                         leave `ip`, `mask` and `host_mac` out of its config and set the interface up at each host"
+                    );
+                    return Err(refuse(RefusalKind::Device, detail));
+                }
                 Some(tap) => net.tap = Some(tap.clone()),
                 None if self.trust_source => {}
                 // A new interface without a name harms nobody.
@@ -308,6 +319,33 @@ impl DestinationMachine for MovingIn {
     fn discard(&mut self) {
         if let Some(instance) = self.instance.take() {
             instance.stop();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_chooses_no_addresses_of_this_host() {
+        for (keys, taken) in [
+            ("", true),
+            (r#", "mtu": 1400"#, true),
+            (r#", "ip": "8.8.8.8", "mask": "128.0.0.0""#, false),
+            (r#", "host_mac": "52:54:00:12:34:56""#, false),
+        ] {
+            let json = format!(
+                r#"{{"payload": {{"kernel": "k"}}, "net": [{{"id": "nic", "tap": "theirs"{keys}}}]}}"#
+            );
+            let mut config = VmConfig::from_peer(json.as_bytes()).expect("a config");
+            let mut ends = Ends::default();
+            assert!(ends.apply(&mut config).is_err(), "no word of where it leads");
+            ends.taps.insert("nic".to_owned(), "tap0".to_owned());
+            assert_eq!(ends.apply(&mut config).is_ok(), taken, "{keys}");
+            ends.trust_source = true;
+            ends.apply(&mut config).expect("trusted");
+            assert_eq!(config.net[0].tap.as_deref(), Some("tap0"));
         }
     }
 }
