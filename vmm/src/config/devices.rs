@@ -15,6 +15,21 @@ use super::{ConfigError, VmConfig, field};
 
 /// Most descriptors of a queue (section 2.7 of the virtio specification).
 const MAX_QUEUE_SIZE: u16 = 32768;
+/// Names of what every machine has: of devices, of their saved states, of groups of counters.
+const RESERVED_IDS: [&str; 12] = [
+    "rng",
+    "balloon",
+    "console",
+    "vsock",
+    "serial",
+    "power",
+    "cmos",
+    "i8042",
+    "pci-hotplug",
+    "ioapic",
+    "bus",
+    "hypervisor",
+];
 /// Longest id.
 const MAX_ID: usize = 64;
 
@@ -216,6 +231,13 @@ impl VmConfig {
                         id.chars().take(MAX_ID).collect::<String>()
                     ),
                     format!("use up to {MAX_ID} letters, digits, `-`, `_` or `.`"),
+                ));
+            }
+            if RESERVED_IDS.contains(&id) {
+                return Err(field(
+                    "id",
+                    format!("`{id}` is a device of every machine"),
+                    "use another name",
                 ));
             }
             if !seen.insert(id) {

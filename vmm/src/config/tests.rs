@@ -504,3 +504,17 @@ fn models_and_features_are_taken() {
     assert!(VmConfig::from_json(text.as_bytes()).is_err());
     assert!(VmConfig::from_peer(text.as_bytes()).is_ok());
 }
+
+/// Removing the disk `rng` asked the guest to let go of the random number generator, and took the disk out of the config.
+#[test]
+fn a_disk_has_no_name_of_another_device() {
+    for id in ["rng", "serial", "ioapic"] {
+        for kind in [
+            json!({"disks": [{"path": "p", "id": id}]}),
+            json!({"net": [{"id": id}]}),
+        ] {
+            assert!(parse(&config(kind)).is_err(), "{id}");
+        }
+    }
+    accepted(json!({"disks": [{"path": "p", "id": "rng0"}]}));
+}
