@@ -340,7 +340,10 @@ mod tests {
             );
             let mut config = VmConfig::from_peer(json.as_bytes()).expect("a config");
             let mut ends = Ends::default();
-            assert!(ends.apply(&mut config).is_err(), "no word of where it leads");
+            assert!(
+                ends.apply(&mut config).is_err(),
+                "no word of where it leads"
+            );
             ends.taps.insert("nic".to_owned(), "tap0".to_owned());
             assert_eq!(ends.apply(&mut config).is_ok(), taken, "{keys}");
             ends.trust_source = true;
