@@ -9,7 +9,7 @@ use crate::virtio::{TRANSPORT_FEATURES, VERSION_1};
 /// Status: the driver has finished.
 pub(super) const DRIVER_OK: u8 = 4;
 /// Status: the features are settled.
-const FEATURES_OK: u8 = 8;
+pub(super) const FEATURES_OK: u8 = 8;
 /// Status: the device cannot go on.
 const NEEDS_RESET: u8 = 64;
 

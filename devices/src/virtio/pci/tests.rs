@@ -358,6 +358,33 @@ fn a_paused_device_serves_nothing_and_goes_on_elsewhere() {
 }
 
 #[test]
+fn a_driver_that_has_not_finished_moves_with_all_that_it_has_written() {
+    let here = Machine::new();
+    here.set_config(4, 6);
+    here.write(0x14, &[3]);
+    here.write(12, &u32::MAX.to_le_bytes());
+    here.write(0x16, &[1, 0]);
+    here.write(0x18, &[0xff, 0xff]);
+    here.write(0x1c, &[1, 0]);
+    here.function.pause();
+    let saved = here.function.save();
+    let state: VirtioPciState = crate::state::decode(&*here.function, &saved).expect("ours");
+    assert_eq!(
+        (state.driver_features as u32, state.queues[1].size),
+        (u32::MAX, 0xffff)
+    );
+    let there = Machine::new();
+    there.function.pause();
+    there.function.restore(&saved).expect("the same device");
+    assert_eq!(there.function.save(), saved);
+    // What it has written is judged when it says that it has finished.
+    there.function.resume();
+    there.pci.place_all();
+    there.write(0x14, &[11]);
+    assert_eq!(there.status() & 8, 0, "FEATURES_OK");
+}
+
+#[test]
 fn any_access_anywhere() {
     let machine = Machine::new();
     machine.set_up(VERSION_1);

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::IoEvents;
-use super::common::DRIVER_OK;
+use super::common::{DRIVER_OK, FEATURES_OK};
 use super::interrupt::{NO_VECTOR, PciInterrupt};
 use super::queues::{QueueSlot, QueueState};
 use crate::pci::{Bar, BarRange, ConfigSpace, Identity, Msix, MsixState, PciDevice};
@@ -482,13 +482,19 @@ impl Persist for VirtioPci {
             );
             return Err(wrong("queues", reason));
         }
+        // A driver may write anything before it has finished; that must not keep its guest where it is.
+        let serves = state.status & DRIVER_OK != 0 && !state.broken;
         for (queue, slot) in state.queues.iter().zip(&inner.queues) {
-            if queue.size > slot.max_size {
+            if serves && queue.enabled && queue.size > slot.max_size {
                 let reason = format!("{} descriptors; the most is {}", queue.size, slot.max_size);
                 return Err(wrong("queues", reason));
             }
         }
-        let missing = state.driver_features & !self.offered();
+        let accepted = match state.status & FEATURES_OK {
+            0 => 0,
+            _ => state.driver_features,
+        };
+        let missing = accepted & !self.offered();
         if missing != 0 {
             let reason = format!("the driver uses {missing:#x}, which this device does not offer");
             return Err(wrong("driver_features", reason));
@@ -513,7 +519,7 @@ impl Persist for VirtioPci {
             ));
         }
         // The device may have to know them to judge what it kept.
-        self.device.set_features(state.driver_features);
+        self.device.set_features(accepted);
         if let Err(reason) = self.device.restore(&state.device) {
             self.interrupt.msix.restore(&before);
             return Err(wrong("device", reason));
