@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
 use super::config_space::{self, ConfigSpace};
@@ -194,6 +195,14 @@ fn choose(
     }
 }
 
+/// The saved state.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct State {
+    /// What the guest knows of the disk's size; zero is nothing.
+    capacity_sectors: u64,
+}
+
 impl VirtioDevice for Block {
     fn device_type(&self) -> DeviceType {
         DeviceType {
@@ -224,6 +233,41 @@ impl VirtioDevice for Block {
         self.shared
             .write_through
             .store(write_through, Ordering::Relaxed);
+    }
+
+    fn save(&self) -> Vec<u8> {
+        let state = State {
+            capacity_sectors: self.shared.capacity.load(Ordering::Acquire),
+        };
+        rmp_serde::to_vec_named(&state).unwrap_or_default()
+    }
+
+    /// The guest knows how large its disk is: an image that is smaller is another one, or has lost data.
+    fn restore(&self, saved: &[u8]) -> Result<(), String> {
+        // Earlier builds kept nothing.
+        if saved.is_empty() {
+            return Ok(());
+        }
+        let state: State = rmp_serde::from_slice(saved).map_err(|error| error.to_string())?;
+        let here = self
+            .shared
+            .disk
+            .sectors()
+            .map_err(|error| error.to_string())?;
+        if state.capacity_sectors > here {
+            return Err(format!(
+                "{} has {here} sectors of 512 bytes, the guest's disk has {}: is it the right image?",
+                self.config.path.display(),
+                state.capacity_sectors
+            ));
+        }
+        // What is larger the guest hears of when somebody resizes the disk.
+        if state.capacity_sectors > 0 {
+            self.shared
+                .capacity
+                .store(state.capacity_sectors, Ordering::Release);
+        }
+        Ok(())
     }
 
     fn connect(&self, interrupt: Arc<dyn VirtioInterrupt>) {

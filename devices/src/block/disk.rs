@@ -159,7 +159,19 @@ impl Disk {
     ///
     /// It is an open file description's lock, which the system keeps per inode: other names of the file are covered, other device nodes of
     /// the same block device are not.
+    ///
+    /// Another host may have written to a block device meanwhile: what this host's page cache has of it is forgotten.
     pub fn lock(&self) -> Result<(), DiskError> {
+        self.try_lock()?;
+        if self.block_device
+            && let Err(error) = host::forget_cache(&self.cached)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "the page cache of the disk may be old");
+        }
+        Ok(())
+    }
+
+    fn try_lock(&self) -> Result<(), DiskError> {
         host::lock(&self.locked, !self.read_only).map_err(|source| match source.raw_os_error() {
             Some(libc::EAGAIN | libc::EACCES) => DiskError::InUse {
                 path: self.path.clone(),
@@ -177,7 +189,16 @@ impl Disk {
     }
 
     /// Lets another machine lock it. Nothing may be written from now on.
+    ///
+    /// What this host's page cache has for a block device is on it before: another host does not see the cache. (Of a file on a network,
+    /// the file system takes care, by the lock.)
     pub fn unlock(&self) -> Result<(), DiskError> {
+        if self.block_device && !self.read_only {
+            self.cached.sync_data().map_err(|source| DiskError::Lock {
+                path: self.path.clone(),
+                source,
+            })?;
+        }
         host::unlock(&self.locked).map_err(|source| DiskError::Lock {
             path: self.path.clone(),
             source,

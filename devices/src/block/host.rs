@@ -90,9 +90,21 @@ fn direct_alignment(file: &File) -> Option<Alignment> {
     })
 }
 
-/// Whether space of a file can be given back. Asked behind its end, where nothing is.
+/// Forgets what the page cache has of a file, as far as it is written back.
+pub(super) fn forget_cache(file: &File) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: no pointers; the descriptor is open.
+    match unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
+/// Whether space of a file can be given back. Asked far behind its end, where nothing is and nobody writes: it may be another machine's still,
+/// which may grow it.
 pub(super) fn file_discard(file: &File, bytes: u64) -> bool {
-    let Some(behind) = bytes.checked_next_multiple_of(1 << 20) else {
+    let far = bytes.checked_add(1 << 42);
+    let Some(behind) = far.and_then(|far| far.checked_next_multiple_of(1 << 20)) else {
         return false;
     };
     fallocate(

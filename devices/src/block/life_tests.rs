@@ -317,3 +317,22 @@ fn no_notification_is_lost() {
         }
     });
 }
+
+/// A guest's disk does not become smaller by a move; one that is larger there is so for the guest once somebody says it.
+#[test]
+fn an_image_that_is_too_small_is_refused() {
+    let file = NamedTempFile::new().expect("a file");
+    let make = |bytes: u64| {
+        file.as_file().set_len(bytes).expect("room");
+        Block::new("disk", DiskConfig::new(file.path())).expect("a disk")
+    };
+    let saved = make(1 << 20).save();
+    let refusal = make(1 << 19).restore(&saved).expect_err("too small");
+    assert!(refusal.contains("2048"), "{refusal}");
+    let larger = make(1 << 21);
+    larger.restore(&saved).expect("large enough");
+    assert_eq!(larger.capacity_bytes(), 1 << 20);
+    assert_eq!(larger.resize(None).expect("a size"), 1 << 21);
+    larger.restore(&[]).expect("an earlier build kept nothing");
+    assert!(larger.restore(&[1]).is_err());
+}

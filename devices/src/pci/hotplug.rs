@@ -47,6 +47,9 @@ impl PciHotplug {
 
     /// Tells the guest of a device that is there now.
     pub fn tell_inserted(&self, slot: u8) {
+        // What was asked of a device that was there before is not asked of this one.
+        let bit = 1u32.checked_shl(u32::from(slot)).unwrap_or(0);
+        self.leaving.fetch_and(!bit, Ordering::SeqCst);
         self.tell(&self.inserted, slot);
     }
 
@@ -164,6 +167,10 @@ mod tests {
             device.write(8, &(1u32 << 4 | 1 << 9).to_le_bytes());
             device.write(8, &[0xff]);
             device.write(0, &[0xff; 4]);
+            // What was asked of the device before it does not hold for a new one.
+            device.ask_to_eject(6);
+            device.tell_inserted(6);
+            assert_eq!((read(&device, 0), read(&device, 4)), (1 << 6, 0));
         }
         assert_eq!(*ejected.0.lock().expect("no panic"), [4, 9, 4, 9]);
     }
