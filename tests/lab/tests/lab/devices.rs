@@ -183,26 +183,28 @@ fn devices_come_and_go(guest: Guest) -> Result<()> {
                 until_ok 20 grep -q console-$1-works /tmp/hvc
                 tell $vm "dd if=/dev/zero of=/big bs=1M count=48 2>/dev/null; rm /big"
                 until_ok 60 sh -c "vmm ctl --api-socket /tmp/$vm.sock counters | grep -q '\"reported_pages\": [1-9]'"
-                until_ok 20 sh -c "vsock ask /tmp/vsock 1000 hello-$1 | grep -q 'vsock: hello-$1'"
-                vsock answer /tmp/vsock_1001 >/tmp/heard &
+                until_ok 20 sh -c "vsock ask $vsock_at 1000 hello-$1 | grep -q 'vsock: hello-$1'"
+                vsock answer ${vsock_at}_1001 >/tmp/heard &
                 answering=$!
-                until_ok 10 [ -S /tmp/vsock_1001 ]
+                until_ok 10 [ -S ${vsock_at}_1001 ]
                 tell $vm "vsock tell 1001 from-the-guest-$1"
                 expect $vm "vsock: heard: from-the-guest-$1"
                 wait $answering
                 grep -q from-the-guest-$1 /tmp/heard || fail 'the host heard something else'
-                rm /tmp/vsock_1001
+                rm ${vsock_at}_1001
                 shell_works $vm
             }
             boot src
             vm=src
+            vsock_at=/tmp/vsock
             refused 'balloon.size' resize --balloon 999
             tell src 'vsock echo 1000 &'
             expect src 'vsock: listening'
             tell src 'dd if=/dev/hwrng bs=16 count=1 2>/dev/null | md5sum; cat /sys/class/misc/hw_random/rng_current'
             expect src '^virtio_rng'
             round 1
-            receive dst unix:/tmp/move.sock --trust-source
+            receive dst unix:/tmp/move.sock --trust-source --vsock /tmp/vsock-there
+            vsock_at=/tmp/vsock-there
             move_away src unix:/tmp/move.sock
             arrived dst
             vm=dst
