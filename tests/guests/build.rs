@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, exit};
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-const PROGRAMS: [&str; 2] = ["memory", "cpu"];
+const PROGRAMS: [&str; 3] = ["memory", "cpu", "block"];
 
 fn main() {
     if let Err(why) = build() {

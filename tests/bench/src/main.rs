@@ -7,10 +7,12 @@
 //! With `--json` one object a case on a line of its own; without it a table. A peer that is not installed is named, with
 //! the package to install, and left out: its figures are then `null`.
 
+mod blk;
 mod limit;
 mod ours;
 mod precopy;
 mod qemu;
+mod ring;
 mod start;
 mod stats;
 
@@ -31,6 +33,8 @@ struct Cli {
 enum What {
     /// Moves a filled 2 GiB guest over TCP loopback: idle, and with a 64 MiB hot set.
     Precopy(precopy::Options),
+    /// Random 4 KiB reads of a virtio disk by a guest that polls: one request at a time, 32, and 32 in each of 4 queues.
+    Blk(blk::Options),
     /// Process start to the guest's first instruction, and the VMM's own memory.
     Start(Common),
     /// A plain loopback copy into fresh huge-page memory: what no move can beat.
@@ -83,6 +87,7 @@ fn run() -> Result<()> {
     }
     match cli.what {
         What::Precopy(options) => precopy::run(options),
+        What::Blk(options) => blk::run(options),
         What::Start(common) => start::run(common),
         What::Limit(common) => limit::run(common),
     }

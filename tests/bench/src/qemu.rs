@@ -103,6 +103,38 @@ impl Drop for Qemu {
     }
 }
 
+/// Measures a disk of QEMU's: virtio-blk on PCI with a thread of its own (which polls for a while before it
+/// sleeps, by default), io_uring, and the host's page cache.
+pub(crate) fn reads(folder: &Folder, load: &crate::blk::Load<'_>) -> Result<Value> {
+    let serial = folder.join("qemu.serial");
+    let serial_arg = format!("unix:{},server=on,wait=off", serial.display());
+    let image = load.image.display().to_string().replace(',', ",,");
+    let drive = format!("if=none,id=disk,file={image},format=raw,aio=io_uring,cache.direct=off");
+    let device = format!(
+        "virtio-blk-pci,drive=disk,iothread=io,num-queues={},queue-size={},disable-legacy=on",
+        load.case.queues,
+        crate::blk::QUEUE_SIZE,
+    );
+    let extra = [
+        "-M",
+        "pcie=on",
+        "-object",
+        "iothread,id=io",
+        "-drive",
+        &drive,
+        "-device",
+        &device,
+    ];
+    let _qemu = Qemu::start(
+        load.kernel,
+        crate::blk::MEMORY_MIB,
+        &load.cmdline(),
+        &serial_arg,
+        &extra,
+    )?;
+    load.measured(&mut Console::connect(&serial)?)
+}
+
 /// A connection to QEMU's monitor.
 struct Qmp {
     reader: BufReader<UnixStream>,

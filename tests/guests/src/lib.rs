@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  programs/memory.rs ─┐ build.rs: rustc, freestanding, PVH note ┌─> MEMORY ─┐
-//!  programs/cpu.rs    ─┘                                         └─> CPU    ─┴─ Program::write_to(dir)
+//!  programs/cpu.rs    ─┤                                         ├─> CPU    ─┼─ Program::write_to(dir)
+//!  programs/block.rs  ─┘                                         └─> BLOCK  ─┘
 //!
 //!  a VMM boots it by PVH ── serial line ──> Report::parse ──> what the guest found out about itself
 //!                        <── `v` `q` `r` ── ask for a verdict, power off, reset
@@ -10,25 +11,30 @@
 //!
 //! The oracle of a move is the guest: it knows what its memory and its CPU state must be and tells
 //! when they are not. Parameters, output and input of each program are in the module text of
-//! `programs/memory.rs` and `programs/cpu.rs`; the run time that they share is `programs/rt`.
+//! `programs/memory.rs`, `programs/cpu.rs` and `programs/block.rs`; the run time that they share is `programs/rt`.
 //!
 //! Promises: the programs run under any VMM that boots a PVH ELF (this project, QEMU, Cloud
 //! Hypervisor), on hardware virtualisation, on a KVM that interprets ring 0, and in QEMU's emulator;
 //! the first thing they do is write [`FIRST_BYTE`] to the serial port.
 
+#[path = "../programs/block/checksum.rs"]
+mod checksum;
 mod report;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-pub use report::{CpuErrors, MemoryErrors, ParseError, Report};
+pub use report::{BlockCounts, CpuErrors, MemoryErrors, ParseError, Report};
 
 /// The memory guest, an ELF with a PVH note.
 pub static MEMORY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/memory.elf"));
 
 /// The CPU guest, an ELF with a PVH note.
 pub static CPU: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cpu.elf"));
+
+/// The block guest, an ELF with a PVH note.
+pub static BLOCK: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/block.elf"));
 
 /// What every program writes to the serial port with its first instructions, before it sets anything
 /// up: when it arrives, the guest has started.
@@ -37,11 +43,22 @@ pub const FIRST_BYTE: u8 = b'!';
 /// Asks a guest for a verdict, on its serial input.
 pub const ASK_VERDICT: u8 = b'v';
 
+/// Asks a block guest for a measurement, on its serial input.
+pub const ASK_MEASUREMENT: u8 = b'm';
+
 /// Asks a guest to power off, on its serial input.
 pub const ASK_POWER_OFF: u8 = b'q';
 
 /// Asks a guest to reset, on its serial input.
 pub const ASK_RESET: u8 = b'r';
+
+/// The checksum that a block guest reports of a disk with these contents; what is beyond whole blocks counts for nothing.
+pub fn disk_checksum(contents: &[u8]) -> u64 {
+    let blocks = contents.as_chunks::<{ checksum::BLOCK }>().0;
+    (0..).zip(blocks).fold(0, |sum: u64, (index, block)| {
+        sum.wrapping_add(checksum::of_block(index, block))
+    })
+}
 
 /// The guest programs, by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,17 +67,20 @@ pub enum Program {
     Memory,
     /// Verifies vCPU state and clocks.
     Cpu,
+    /// Reads a virtio disk: measures it and verifies what it reads.
+    Block,
 }
 
 impl Program {
     /// All of them.
-    pub const ALL: [Program; 2] = [Program::Memory, Program::Cpu];
+    pub const ALL: [Program; 3] = [Program::Memory, Program::Cpu, Program::Block];
 
     /// The name, which is also that of the written file without `.elf`.
     pub fn name(self) -> &'static str {
         match self {
             Program::Memory => "memory",
             Program::Cpu => "cpu",
+            Program::Block => "block",
         }
     }
 
@@ -69,6 +89,7 @@ impl Program {
         match self {
             Program::Memory => MEMORY,
             Program::Cpu => CPU,
+            Program::Block => BLOCK,
         }
     }
 

@@ -49,6 +49,19 @@ pub struct CpuErrors {
     pub errors: u64,
 }
 
+/// What a block guest counted since its start. Without errors and damage it has read what it must.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockCounts {
+    /// Whole passes over the disk.
+    pub passes: u64,
+    /// Requests answered.
+    pub requests: u64,
+    /// Requests without success, or with less than the block.
+    pub errors: u64,
+    /// Passes whose checksum is not that of the first.
+    pub damaged: u64,
+}
+
 /// One parsed line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -125,6 +138,46 @@ pub enum Report {
         ticks: u64,
         /// Longest time that any vCPU saw no timer interrupt.
         max_gap_ms: u64,
+        /// The guest's own conclusion.
+        ok: bool,
+    },
+    /// `block: ready`: the disk is set up.
+    BlockReady {
+        /// 4 KiB blocks of the disk.
+        blocks: u64,
+        /// Queues in use.
+        queues: u16,
+        /// Requests under way in each.
+        depth: u16,
+        /// Whether event indices were agreed on.
+        event_idx: bool,
+    },
+    /// `block: result`: a measurement.
+    BlockResult {
+        /// Requests done in it.
+        requests: u64,
+        /// Requests that failed, since the guest's start.
+        errors: u64,
+        /// How long it took by the guest's clock.
+        elapsed_ns: u64,
+        /// Mean time of a request.
+        latency_ns: u64,
+        /// Notifications sent.
+        notified: u64,
+    },
+    /// `block: report`: figures so far.
+    BlockReport {
+        /// Time since `ready` by the guest's clock.
+        t_ms: u64,
+        /// What was read.
+        counts: BlockCounts,
+    },
+    /// `block: verdict`: the whole disk was just read.
+    BlockVerdict {
+        /// What was read.
+        counts: BlockCounts,
+        /// Of the first pass: [`crate::disk_checksum`].
+        checksum: u64,
         /// The guest's own conclusion.
         ok: bool,
     },
@@ -241,6 +294,15 @@ impl Fields<'_> {
         })
     }
 
+    fn block_counts(&self) -> Result<BlockCounts, ParseError> {
+        Ok(BlockCounts {
+            passes: self.get("passes")?,
+            requests: self.get("requests")?,
+            errors: self.get("errors")?,
+            damaged: self.get("damaged")?,
+        })
+    }
+
     fn cpu_errors(&self) -> Result<CpuErrors, ParseError> {
         Ok(CpuErrors {
             fpu: self.get("fpu")?,
@@ -311,6 +373,28 @@ impl Report {
                 max_gap_ms: fields.get("max_gap_ms")?,
                 ok: fields.conclusion()?,
             },
+            ("block", "ready") => Report::BlockReady {
+                blocks: fields.get("blocks")?,
+                queues: fields.get("queues")?,
+                depth: fields.get("depth")?,
+                event_idx: fields.get::<u8>("event_idx")? != 0,
+            },
+            ("block", "result") => Report::BlockResult {
+                requests: fields.get("requests")?,
+                errors: fields.get("errors")?,
+                elapsed_ns: fields.get("elapsed_ns")?,
+                latency_ns: fields.get("latency_ns")?,
+                notified: fields.get("notified")?,
+            },
+            ("block", "report") => Report::BlockReport {
+                t_ms: fields.get("t_ms")?,
+                counts: fields.block_counts()?,
+            },
+            ("block", "verdict") => Report::BlockVerdict {
+                counts: fields.block_counts()?,
+                checksum: fields.get("checksum")?,
+                ok: fields.conclusion()?,
+            },
             ("guest", "exception") => Report::Exception {
                 vector: fields.hex("vector", 0)?,
                 code: fields.hex("error code", 1)?,
@@ -369,6 +453,48 @@ mod tests {
             };
             assert_eq!((errors.total(), found), (0, ok));
         }
+    }
+
+    #[test]
+    fn block_lines_are_understood() {
+        assert_eq!(
+            Report::parse("!block: ready blocks=65536 queues=4 depth=32 event_idx=1"),
+            Ok(Report::BlockReady {
+                blocks: 65536,
+                queues: 4,
+                depth: 32,
+                event_idx: true
+            })
+        );
+        assert_eq!(
+            Report::parse("block: result requests=1 errors=2 elapsed_ns=3 latency_ns=4 notified=5"),
+            Ok(Report::BlockResult {
+                requests: 1,
+                errors: 2,
+                elapsed_ns: 3,
+                latency_ns: 4,
+                notified: 5
+            })
+        );
+        let counts = BlockCounts {
+            passes: 1,
+            requests: 2,
+            errors: 3,
+            damaged: 4,
+        };
+        let text = "passes=1 requests=2 errors=3 damaged=4";
+        assert_eq!(
+            Report::parse(&format!("block: report t_ms=5 {text}")),
+            Ok(Report::BlockReport { t_ms: 5, counts })
+        );
+        assert_eq!(
+            Report::parse(&format!("block: verdict {text} checksum=6 damaged")),
+            Ok(Report::BlockVerdict {
+                counts,
+                checksum: 6,
+                ok: false
+            })
+        );
     }
 
     #[test]

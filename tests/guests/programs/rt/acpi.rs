@@ -66,6 +66,19 @@ pub(super) fn find_table(rsdp: u64, signature: &[u8; 4]) -> Option<u64> {
     None
 }
 
+/// Address of the ECAM window of bus 0 on, from the MCFG (PCI Firmware Specification 3.0, section 4.1.2), if the first 4 GiB have it.
+pub fn ecam(rsdp: u64) -> Option<u64> {
+    let table = find_table(rsdp, b"MCFG")?;
+    // SAFETY: `find_table` returned a mapped table; the first entry is looked at only if it is long enough.
+    let (base, first_bus): (u64, u8) = unsafe {
+        if u64::from(read::<u32>(table + 4)) < HEADER + 8 + 16 {
+            return None;
+        }
+        (read(table + HEADER + 8), read(table + HEADER + 8 + 10))
+    };
+    (mapped(base) && first_bus == 0).then_some(base)
+}
+
 /// The enabled CPUs, or `None` without usable tables.
 pub fn apic_ids(rsdp: u64) -> Option<ApicIds> {
     let madt = find_table(rsdp, b"APIC")?;

@@ -71,6 +71,8 @@ pub struct Machine {
     pub params: Params,
     /// APIC ids of all CPUs.
     pub apic_ids: ApicIds,
+    /// Where PCI configuration space is, if ACPI says so.
+    pub ecam: Option<u64>,
     ranges: [Range; MAX_RANGES],
     range_count: usize,
 }
@@ -92,6 +94,7 @@ impl Machine {
                 ids: [0; MAX_CPUS],
                 len: 0,
             },
+            ecam: None,
             ranges: [Range { start: 0, end: 0 }; MAX_RANGES],
             range_count: 0,
         };
@@ -110,6 +113,7 @@ impl Machine {
         machine.map_high_ram();
         clock::calibrate();
         power::discover(info.rsdp_paddr);
+        machine.ecam = acpi::ecam(info.rsdp_paddr);
         machine.apic_ids = acpi::apic_ids(info.rsdp_paddr).unwrap_or_else(|| {
             // Without tables: ids 0, 1, … as every VMM gives them to few CPUs.
             let cpus = machine
