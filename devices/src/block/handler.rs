@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::counters::{Counters, add};
 use super::disk::Disk;
 use super::engine::{BlockEngine, Completion, Operation};
+use super::polling::Polling;
 use super::request::{IOERR, Kind, Limits, OK, Request, SERIAL_LEN, UNSUPP};
 use super::slab::Slab;
 use crate::rate_limiter::RateLimiter;
@@ -17,6 +18,9 @@ use crate::virtio::{Chain, QueueError, QueueHandler, Virtqueue};
 
 /// Of a host's errors, the first is logged and then each of so many.
 const LOG_EACH: u64 = 1000;
+
+/// Of many requests, so many are given to the host at once: while they are served, the driver deals with those before.
+const BATCH: usize = 8;
 
 /// What all queues of a disk have in common.
 #[derive(Debug)]
@@ -63,6 +67,7 @@ pub(super) struct Handler {
     pending: Slab<Pending>,
     /// Before then the rate limiter lets nothing pass.
     resume: Option<Instant>,
+    polling: Polling,
     /// Reused.
     done: Vec<Completion>,
 }
@@ -74,6 +79,7 @@ impl Handler {
             engine,
             pending: Slab::default(),
             resume: None,
+            polling: Polling::new(),
             done: Vec::new(),
         }
     }
@@ -84,7 +90,13 @@ impl Handler {
             return Ok(Taken::Throttled);
         }
         self.resume = None;
+        let mut batch = 0;
         loop {
+            if batch == BATCH {
+                batch = 0;
+                self.engine.kick()?;
+                self.answer_finished(queue)?;
+            }
             if self.pending.len() >= usize::from(queue.size()) {
                 return Ok(Taken::Full);
             }
@@ -121,6 +133,7 @@ impl Handler {
                         bytes,
                     };
                     self.submit(queue, pending, operation)?;
+                    batch += 1;
                 }
             }
         }
@@ -162,8 +175,14 @@ impl Handler {
         taken.is_err()
     }
 
-    /// Answers what the engine has finished.
+    /// Answers what the engine has finished, and lets the driver hear of it.
     fn reap(&mut self, queue: &mut Virtqueue) -> Result<(), QueueError> {
+        self.answer_finished(queue)?;
+        queue.signal()
+    }
+
+    /// Answers what the engine has finished: a driver that looks sees it.
+    fn answer_finished(&mut self, queue: &mut Virtqueue) -> Result<(), QueueError> {
         let mut done = std::mem::take(&mut self.done);
         let mut result = self.engine.completions(&mut done).map_err(QueueError::from);
         for Completion { token, result: end } in done.drain(..) {
@@ -174,8 +193,15 @@ impl Handler {
             }
         }
         self.done = done;
-        result?;
-        queue.signal()
+        result
+    }
+
+    /// Waits a moment for more to do, without sleeping.
+    fn look(&mut self, queue: &Virtqueue) -> Result<bool, QueueError> {
+        let engine = &mut self.engine;
+        let under_way = !self.pending.is_empty();
+        self.polling
+            .look(|| Ok(under_way && engine.has_finished() || queue.has_more()?))
     }
 
     fn finish(
@@ -268,8 +294,9 @@ fn answer(
     queue.complete(chain.head, written + 1)
 }
 
-impl QueueHandler for Handler {
-    fn process(&mut self, queue: &mut Virtqueue) -> Result<(), QueueError> {
+impl Handler {
+    /// Serves the queue until there is nothing to do, or other things must be looked at.
+    fn serve(&mut self, queue: &mut Virtqueue) -> Result<(), QueueError> {
         let mut budget = u32::from(queue.size());
         self.reap(queue)?;
         queue.disable_notification()?;
@@ -283,6 +310,9 @@ impl QueueHandler for Handler {
                 Taken::Full if self.pending.len() >= usize::from(queue.size()) => return Ok(()),
                 Taken::Full => {}
                 Taken::All => {
+                    if budget > 0 && self.look(queue)? {
+                        continue;
+                    }
                     if !queue.enable_notification()? {
                         return Ok(());
                     }
@@ -294,6 +324,15 @@ impl QueueHandler for Handler {
                 }
             }
         }
+    }
+}
+
+impl QueueHandler for Handler {
+    fn process(&mut self, queue: &mut Virtqueue) -> Result<(), QueueError> {
+        self.polling.woken();
+        let served = self.serve(queue);
+        self.polling.sleeps();
+        served
     }
 
     fn drain(&mut self, queue: &mut Virtqueue) -> Result<(), QueueError> {

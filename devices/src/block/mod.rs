@@ -29,6 +29,7 @@ mod engine;
 mod error;
 mod handler;
 mod host;
+mod polling;
 mod request;
 mod slab;
 

@@ -275,6 +275,12 @@ impl Virtqueue {
         }))
     }
 
+    /// Whether the driver has made a request available that was not popped yet; a cheap look.
+    pub fn has_more(&self) -> Result<bool, QueueError> {
+        let available = self.queue.avail_idx(&self.memory, Ordering::Acquire)?;
+        Ok(available.0 != self.queue.next_avail())
+    }
+
     /// Puts the request that was popped last back; the next [`Virtqueue::pop`] returns it again.
     pub fn unpop(&mut self) {
         self.queue.go_to_previous_position();

@@ -71,6 +71,8 @@ pub(super) trait BlockEngine: Send {
     fn submit(&mut self, token: usize, operation: Operation, durable: bool) -> io::Result<()>;
     /// Starts what was submitted.
     fn kick(&mut self) -> io::Result<()>;
+    /// Whether something has finished that [`BlockEngine::completions`] would add; a cheap look.
+    fn has_finished(&mut self) -> bool;
     /// Adds what has finished, without waiting.
     fn completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()>;
     /// Waits until something has finished, if anything is under way.

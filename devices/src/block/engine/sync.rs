@@ -45,6 +45,10 @@ impl BlockEngine for Sync {
         Ok(())
     }
 
+    fn has_finished(&mut self) -> bool {
+        !self.done.is_empty()
+    }
+
     fn completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
         into.append(&mut self.done);
         Ok(())

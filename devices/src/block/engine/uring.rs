@@ -145,6 +145,10 @@ impl BlockEngine for Uring {
         Ok(())
     }
 
+    fn has_finished(&mut self) -> bool {
+        !self.done.is_empty() || !self.ring.completion().is_empty()
+    }
+
     fn completions(&mut self, into: &mut Vec<Completion>) -> io::Result<()> {
         let result = self.reap();
         into.append(&mut self.done);
