@@ -11,6 +11,9 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
+/// VIRTQ_AVAIL_F_NO_INTERRUPT.
+const NO_INTERRUPT: u16 = 1;
+
 /// How a device reaches its driver. Calls may come from any thread.
 pub trait VirtioInterrupt: Send + Sync {
     /// Buffers of this queue have been used.
@@ -77,24 +80,32 @@ impl Segments {
 
     /// The part of these buffers from byte `offset` on, at most `len` bytes.
     pub fn slice(&self, offset: u64, len: u64) -> Segments {
+        let mut slice = Segments {
+            parts: Vec::with_capacity(self.parts.len()),
+            len: 0,
+        };
+        for (gpa, part) in self.pieces(offset, len) {
+            slice.parts.push((gpa, part));
+            slice.len += u64::from(part);
+        }
+        slice
+    }
+
+    /// The parts of [`Segments::slice`].
+    fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = (u64, u32)> {
         let (mut skip, mut left) = (offset, len);
-        let mut slice = Segments::default();
-        for &(gpa, part) in &self.parts {
+        self.parts.iter().filter_map(move |&(gpa, part)| {
             let part = u64::from(part);
             if skip >= part {
                 skip -= part;
-                continue;
+                return None;
             }
             let take = (part - skip).min(left);
-            if take == 0 {
-                break;
-            }
-            slice.parts.push((gpa + skip, take as u32));
-            slice.len += take;
+            let piece = (take > 0).then_some((gpa + skip, take as u32));
             left -= take;
             skip = 0;
-        }
-        slice
+            piece
+        })
     }
 
     /// Copies bytes from `offset` on out of guest memory; returns how many there were.
@@ -105,7 +116,7 @@ impl Segments {
         into: &mut [u8],
     ) -> Result<usize, QueueError> {
         let mut done = 0;
-        for (gpa, part) in self.slice(offset, into.len() as u64).parts {
+        for (gpa, part) in self.pieces(offset, into.len() as u64) {
             let end = done + part as usize;
             memory.read_slice(&mut into[done..end], GuestAddress(gpa))?;
             done = end;
@@ -121,7 +132,7 @@ impl Segments {
         from: &[u8],
     ) -> Result<usize, QueueError> {
         let mut done = 0;
-        for (gpa, part) in self.slice(offset, from.len() as u64).parts {
+        for (gpa, part) in self.pieces(offset, from.len() as u64) {
             let end = done + part as usize;
             memory.write_slice(&from[done..end], GuestAddress(gpa))?;
             done = end;
@@ -147,7 +158,7 @@ impl Segments {
 
     /// Marks the first `len` bytes as written by the device.
     pub fn mark_dirty(&self, memory: &GuestMemoryMmap, len: u64) -> Result<(), QueueError> {
-        for (gpa, part) in self.slice(0, len).parts {
+        for (gpa, part) in self.pieces(0, len) {
             for slice in memory.get_slices(GuestAddress(gpa), part as usize) {
                 let slice = slice?;
                 slice.bitmap().mark_dirty(0, slice.len());
@@ -327,11 +338,14 @@ impl Virtqueue {
     fn driver_wants_to_hear(&mut self) -> Result<bool, QueueError> {
         let now = self.queue.next_used();
         let told = std::mem::replace(&mut self.told, now);
-        if !self.queue.event_idx_enabled() {
-            return Ok(self.queue.needs_notification(&self.memory)?);
-        }
         // The used ring's index must be seen before the driver's wish is read.
         fence(Ordering::SeqCst);
+        if !self.queue.event_idx_enabled() {
+            let flags: u16 = self
+                .memory
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)?;
+            return Ok(u16::from_le(flags) & NO_INTERRUPT == 0);
+        }
         let place = self.queue.avail_ring() + 4 + u64::from(self.queue.size()) * 2;
         let event: u16 = self.memory.load(GuestAddress(place), Ordering::Relaxed)?;
         let event = u16::from_le(event);
@@ -427,6 +441,49 @@ mod tests {
         }
         queue.complete_together(&[]).expect("nothing to do");
         assert_eq!(driver.used(), None);
+    }
+
+    #[test]
+    fn a_driver_without_event_indices_need_not_hear() {
+        let mut driver = Driver::new(0);
+        let mut queue = driver.queue();
+        for (flags, hears) in [(NO_INTERRUPT, 0), (0, 1)] {
+            let place = GuestAddress(queue.queue.avail_ring());
+            driver.memory().write_obj(flags, place).expect("RAM");
+            let head = driver.offer(&[], &[1]);
+            assert!(queue.has_more().expect("a ring"));
+            queue.pop().expect("a ring").expect("a request");
+            assert!(!queue.has_more().expect("a ring"));
+            queue.complete(head, 1).expect("a ring");
+            queue.signal().expect("a ring");
+            assert_eq!(driver.interrupt.used.load(Ordering::SeqCst), hears);
+        }
+    }
+
+    #[test]
+    fn pieces_of_buffers() {
+        let segments = Segments {
+            parts: vec![(100, 10), (200, 20), (300, 30)],
+            len: 60,
+        };
+        for (offset, len, parts) in [
+            (0, 60, vec![(100, 10), (200, 20), (300, 30)]),
+            (5, 10, vec![(105, 5), (200, 5)]),
+            (10, 20, vec![(200, 20)]),
+            (59, 9, vec![(329, 1)]),
+            (60, 1, vec![]),
+            (0, 0, vec![]),
+        ] {
+            let len_of_all = parts
+                .iter()
+                .map(|part: &(u64, u32)| u64::from(part.1))
+                .sum();
+            let expected = Segments {
+                parts,
+                len: len_of_all,
+            };
+            assert_eq!(segments.slice(offset, len), expected, "{offset} {len}");
+        }
     }
 
     #[test]

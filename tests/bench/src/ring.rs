@@ -17,8 +17,9 @@ struct Queue {
     ring: IoUring,
     buffers: Vec<[u8; BLOCK]>,
     started: Vec<Instant>,
-    /// Buffers without a read under way. All of them before the first look.
+    /// Buffers without a read under way.
     free: Vec<usize>,
+    under_way: usize,
 }
 
 /// What was counted.
@@ -38,12 +39,14 @@ impl Queue {
             buffers: vec![[0; BLOCK]; depth],
             started: vec![Instant::now(); depth],
             free: (0..depth).collect(),
+            under_way: 0,
         })
     }
 
     fn look(&mut self, count: &mut Count) -> Result<()> {
         let mut now = None;
         for entry in self.ring.completion() {
+            self.under_way -= 1;
             ensure!(
                 entry.result() == BLOCK as i32,
                 "a read returned {}",
@@ -72,6 +75,7 @@ impl Queue {
                 .user_data(slot as u64);
             // SAFETY: the buffer is this slot's own, and `drain` waits for its read before it goes.
             unsafe { self.ring.submission().push(&entry)? };
+            self.under_way += 1;
         }
         self.ring.submit()?;
         Ok(())
@@ -79,13 +83,9 @@ impl Queue {
 
     /// Waits for what is under way.
     fn drain(&mut self) -> Result<()> {
-        while self.free.len() < self.buffers.len() {
+        while self.under_way > 0 {
             self.ring.submit_and_wait(1)?;
-            let done = self
-                .ring
-                .completion()
-                .map(|entry| entry.user_data() as usize);
-            self.free.extend(done);
+            self.under_way -= self.ring.completion().count();
         }
         Ok(())
     }

@@ -100,7 +100,7 @@ impl Console {
         &self.seen[from..]
     }
 
-    /// Asks the guest to look at all its memory (or registers) now and returns its verdict line.
+    /// Asks the guest to look at all its memory (or registers, or its disk) now and returns its verdict line.
     pub fn verdict(&mut self) -> Result<String> {
         self.send(b"v")?;
         self.line_of_verdict()
@@ -114,6 +114,7 @@ impl Console {
             if let Some(at) = line
                 .find("memory: verdict")
                 .or_else(|| line.find("cpu: verdict"))
+                .or_else(|| line.find("block: verdict"))
             {
                 return Ok(line[at..].to_owned());
             }

@@ -2,6 +2,7 @@
 
 mod boot;
 mod devices;
+mod disks;
 mod failures;
 mod matrix;
 mod moves;
@@ -14,6 +15,7 @@ fn main() {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(boot::trials());
     trials.extend(moves::trials());
+    trials.extend(disks::trials());
     trials.extend(failures::trials());
     trials.extend(refusals::trials());
     trials.extend(devices::trials());
