@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::boot::LIMIT;
 use crate::matrix::guest_trials;
-use crate::moves::move_guest;
+use crate::moves::move_guest_with;
 
 /// 4 KiB blocks of an image.
 const BLOCKS: usize = 2000;
@@ -68,6 +68,7 @@ fn config(
     disk["num_queues"] = json!(queues);
     Ok(json!({
         "payload": {"kernel": kernel, "cmdline": cmdline},
+        "cpus": {"boot_vcpus": 1, "max_vcpus": 1},
         "memory": {"size": 64 << 20},
         "disks": [disk],
     }))
@@ -139,7 +140,7 @@ fn moves(folder: &Folder, queues: u32) -> Result<()> {
         let before = expect_image(&mut console, checksum)?;
         ensure!(before > passes, "{before} passes, {passes} before");
         passes = before;
-        move_guest(&from, &to, "tcp:127.0.0.1:0")?;
+        move_guest_with(&from, &to, "tcp:127.0.0.1:0", json!({"trust_source": true}))?;
         console = to.console()?;
         from.api().put("vm.delete", &Value::Null)?;
         std::mem::swap(&mut from, &mut to);

@@ -86,7 +86,17 @@ pub(crate) fn url(folder: &Folder, transport: &str) -> String {
 
 /// Moves the guest of `source` to `destination` and returns the job at the source.
 pub(crate) fn move_guest(source: &Vmm, destination: &Vmm, url: &str) -> Result<Value> {
-    let (arriving, url) = destination.receive(url)?;
+    move_guest_with(source, destination, url, json!({}))
+}
+
+/// The same with further fields in the request at the destination.
+pub(crate) fn move_guest_with(
+    source: &Vmm,
+    destination: &Vmm,
+    url: &str,
+    request: Value,
+) -> Result<Value> {
+    let (arriving, url) = destination.receive_with(url, request)?;
     let leaving = source
         .api()
         .start("vm.send-migration", &json!({"destination_url": url}))?;
