@@ -18,9 +18,12 @@ use std::time::{Duration, Instant};
 const WINDOW: Duration = Duration::from_micros(50);
 /// A sleep that would rather have been a look.
 const SHORT: Duration = Duration::from_micros(100);
-/// What a look costs that finds nothing.
-const FAILURE: u8 = 4;
-const MOST_CREDIT: u8 = 16;
+/// What a look costs that finds nothing: as many short sleeps must follow before the next one. Where driver and device share a CPU, every look
+/// is in vain and holds the driver up.
+const FAILURE: i32 = 32;
+/// The bounds of credit.
+const LEAST_CREDIT: i32 = -FAILURE;
+const MOST_CREDIT: i32 = 2 * FAILURE;
 /// Looks between two at the time.
 const LOOKS: u32 = 16;
 
@@ -56,7 +59,7 @@ impl Drop for Looking {
 /// Whether one queue's thread looks.
 #[derive(Debug)]
 pub(super) struct Polling {
-    credit: u8,
+    credit: i32,
     asleep: Option<Instant>,
 }
 
@@ -94,7 +97,7 @@ impl Polling {
 
     /// Looks for work; false if there was none in time or it is not worth it.
     pub(super) fn look<E>(&mut self, mut work: impl FnMut() -> Result<bool, E>) -> Result<bool, E> {
-        if self.credit == 0 {
+        if self.credit <= 0 {
             return Ok(false);
         }
         let Some(_looking) = Looking::begin() else {
@@ -114,11 +117,11 @@ impl Polling {
         }
         if looked > WINDOW * 4 {
             // Something else had this CPU in between: it is needed.
-            self.credit = 0;
+            self.credit = LEAST_CREDIT;
         } else if found {
             self.gain();
         } else {
-            self.credit = self.credit.saturating_sub(FAILURE);
+            self.credit = (self.credit - FAILURE).max(LEAST_CREDIT);
         }
         Ok(found)
     }
@@ -150,14 +153,18 @@ mod tests {
         let (found, looks) = look(&mut polling, false);
         assert!(!found && looks >= LOOKS);
         assert_eq!(look(&mut polling, true), (false, 0), "it looked in vain");
-        polling.slept(Duration::ZERO);
-        assert_eq!(look(&mut polling, true), (true, 1));
-        polling.slept(Duration::ZERO);
+        for _ in 0..FAILURE {
+            assert_eq!(look(&mut polling, true), (false, 0));
+            polling.slept(Duration::ZERO);
+        }
+        let (found, looks) = look(&mut polling, true);
+        assert!(found && looks == 1);
+        polling.credit = MOST_CREDIT;
         let not_let_run = polling.look(|| {
             std::thread::sleep(WINDOW * 5);
             Ok::<_, ()>(true)
         });
-        assert_eq!((not_let_run, polling.credit), (Ok(true), 0));
+        assert_eq!((not_let_run, polling.credit), (Ok(true), LEAST_CREDIT));
         for _ in 0..1000 {
             polling.slept(Duration::ZERO);
         }
