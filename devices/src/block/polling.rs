@@ -20,10 +20,10 @@ const WINDOW: Duration = Duration::from_micros(50);
 const SHORT: Duration = Duration::from_micros(100);
 /// What a look costs that finds nothing: as many short sleeps must follow before the next one. Where driver and device share a CPU, every look
 /// is in vain and holds the driver up.
-const FAILURE: i32 = 32;
+const FAILURE: i32 = 8;
 /// The bounds of credit.
 const LEAST_CREDIT: i32 = -FAILURE;
-const MOST_CREDIT: i32 = 2 * FAILURE;
+const MOST_CREDIT: i32 = 8 * FAILURE;
 /// Looks between two at the time.
 const LOOKS: u32 = 16;
 
