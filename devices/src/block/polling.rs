@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 
 /// How long to look: about what it takes to sleep and to be woken.
 const WINDOW: Duration = Duration::from_micros(50);
-/// A sleep that would rather have been a look.
-const SHORT: Duration = Duration::from_micros(100);
+/// A sleep that would rather have been a look. Most of a short one is what waking takes, on a busy or nested host.
+const SHORT: Duration = Duration::from_micros(250);
 /// What a look costs that finds nothing: as many short sleeps must follow before the next one. Where driver and device share a CPU, every look
 /// is in vain and holds the driver up.
 const FAILURE: i32 = 8;
