@@ -1,8 +1,11 @@
 //! What guest memory is made of, and the mapping of one RAM range.
 
 use std::ffi::c_void;
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
@@ -56,7 +59,22 @@ pub(crate) struct Mapping {
     len: usize,
     backing: Backing,
     file: Option<OwnedFd>,
+    origin: OnceLock<Origin>,
 }
+
+/// The file that private memory began as: pages that nobody has written yet are still only there.
+#[derive(Debug)]
+pub(crate) struct Origin {
+    pub(crate) file: File,
+    /// Where in it the mapping begins.
+    pub(crate) offset: u64,
+    /// How many parts of it have been replaced by fresh memory.
+    replaced: AtomicU32,
+}
+
+/// Most parts of a mapped file that are replaced by fresh memory: each splits a mapping, and a process has only some 65000
+/// (vm.max_map_count), which its threads need too.
+const MAX_REPLACED: u32 = 16_000;
 
 // SAFETY: the mapping belongs to no thread, and is reached only by raw pointers, system calls and volatile reads.
 unsafe impl Send for Mapping {}
@@ -103,9 +121,10 @@ impl Mapping {
             len,
             backing,
             file,
+            origin: OnceLock::new(),
         };
         mapping.fill_reservation()?;
-        mapping.advise()?;
+        mapping.advise(0, len)?;
         Ok(mapping)
     }
 
@@ -138,8 +157,61 @@ impl Mapping {
             .map_err(|error| Error::system("mapping guest memory", error))
     }
 
-    fn advise(&self) -> Result<(), Error> {
-        self.madvise(Advice::LinuxDontDump)
+    /// Puts `file` from `offset` on in place of the memory, copy on write: it is read when a page is first used, and never
+    /// written.
+    pub(crate) fn map_file(&self, file: File, offset: u64) -> Result<(), Error> {
+        let refused = |reason| Error::MapFile { reason };
+        if !matches!(self.backing, Backing::Anonymous { .. }) {
+            return Err(refused("only private anonymous memory can begin as a file"));
+        }
+        if !offset.is_multiple_of(PAGE_SIZE) {
+            return Err(refused("it must begin at a page of the file"));
+        }
+        let metadata = file
+            .metadata()
+            .map_err(|error| Error::system("looking at the file for guest memory", error))?;
+        let end = offset.checked_add(self.len as u64);
+        if !metadata.is_file() || end.is_none_or(|end| end > metadata.len()) {
+            return Err(refused("the file is too short, or no regular file"));
+        }
+        let origin = Origin {
+            file,
+            offset,
+            replaced: AtomicU32::new(0),
+        };
+        self.origin
+            .set(origin)
+            .map_err(|_| refused("the memory has begun as a file already"))?;
+        let Some(Origin { file, offset, .. }) = self.origin.get() else {
+            return Err(refused("the file was lost"));
+        };
+        // SAFETY: the addresses are this mapping's own. Other contents, which is what is asked for, harm nobody: there are
+        // no references into it.
+        unsafe {
+            rustix::mm::mmap(
+                self.base.as_ptr().cast(),
+                self.len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+                file,
+                *offset,
+            )
+        }
+        .map_err(|error| {
+            // The addresses must stay mapped. If this fails too, it is for the same lack, and the machine is given up.
+            let _ = self.fill_reservation();
+            Error::system("mapping the file for guest memory", error)
+        })?;
+        self.advise(0, self.len)
+    }
+
+    pub(crate) fn origin(&self) -> Option<&Origin> {
+        self.origin.get()
+    }
+
+    /// Tells the kernel how a part of the mapping is to be treated.
+    fn advise(&self, offset: usize, len: usize) -> Result<(), Error> {
+        self.madvise(offset, len, Advice::LinuxDontDump)
             .map_err(|error| Error::system("keeping guest memory out of core dumps", error))?;
         let thp = match self.backing {
             Backing::Anonymous { thp: true } | Backing::Memfd { thp: true } => {
@@ -150,16 +222,41 @@ impl Mapping {
             }
             Backing::Hugetlbfs { .. } => return Ok(()),
         };
-        match self.madvise(thp) {
+        match self.madvise(offset, len, thp) {
             // A kernel without transparent huge pages is as good a host, only slower.
             Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
             Err(error) => Err(Error::system("advising huge pages for guest memory", error)),
         }
     }
 
-    fn madvise(&self, advice: Advice) -> rustix::io::Result<()> {
-        // SAFETY: the range is this mapping; none of the advices used here changes its contents.
-        unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, advice) }
+    fn madvise(&self, offset: usize, len: usize, advice: Advice) -> rustix::io::Result<()> {
+        debug_assert!(offset + len <= self.len);
+        // SAFETY: the range is a part of this mapping; none of the advices used here changes its contents.
+        unsafe { rustix::mm::madvise(self.base.as_ptr().add(offset).cast(), len, advice) }
+    }
+
+    /// Zeroes a part that began as a file, by fresh memory: giving its pages back would bring the file's contents back.
+    fn replace(&self, origin: &Origin, offset: usize, len: usize) -> rustix::io::Result<()> {
+        let enough = origin.replaced.fetch_add(1, Ordering::Relaxed) >= MAX_REPLACED;
+        if enough {
+            origin.replaced.store(MAX_REPLACED, Ordering::Relaxed);
+            // SAFETY: the range lies in this mapping, which is writable.
+            unsafe { ptr::write_bytes(self.base.as_ptr().add(offset), 0, len) };
+            return Ok(());
+        }
+        // SAFETY: the range lies in this mapping. Its contents become zeros, which is what is asked for; nobody holds a
+        // reference into it.
+        unsafe {
+            rustix::mm::mmap_anonymous(
+                self.base.as_ptr().add(offset).cast(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+            )
+        }?;
+        // Only advice, and the zeros are there.
+        let _ = self.advise(offset, len);
+        Ok(())
     }
 
     pub(crate) fn base(&self) -> NonNull<u8> {
@@ -189,6 +286,8 @@ impl Mapping {
                 offset as u64,
                 len as u64,
             )
+        } else if let Some(origin) = self.origin.get() {
+            self.replace(origin, offset, len)
         } else {
             // SAFETY: the range lies in this mapping. Its contents become zeros, which is what is asked for;
             // nobody holds a reference into it.

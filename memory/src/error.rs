@@ -45,6 +45,12 @@ pub enum Error {
         /// What is wrong with it, and what to do.
         reason: &'static str,
     },
+    /// A file cannot be what guest memory begins as.
+    #[error("the file cannot be mapped as guest memory: {reason}")]
+    MapFile {
+        /// What is in the way.
+        reason: &'static str,
+    },
     /// A call to the system failed.
     #[error("{operation} failed: {source}")]
     System {

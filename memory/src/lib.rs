@@ -22,6 +22,8 @@
 //! - Every view of guest memory is checked against the region once, when it is made, and cannot outlive
 //!   the [`GuestRam`].
 //! - A page that the guest has never touched is not touched by asking about it ([`GuestRam::populated`]).
+//! - Memory that began as a file ([`GuestRam::map_file`]) is like any other: what was not used yet counts as populated, and
+//!   what is given back reads as zeros, not as the file.
 //! - Fresh guest memory reads as zeros, is not written to core dumps, and is returned to the host on drop.
 
 mod backing;

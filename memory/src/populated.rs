@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   anonymous, hugetlbfs ──► /proc/self/pagemap: present or swapped
+//!   private file mapping ──► the same, and SEEK_DATA on the file: what nobody has used yet is only there
 //!   memfd                ──► SEEK_DATA / SEEK_HOLE on the file (its pages need not be in our page tables)
 //!   neither readable     ──► every page
 //! ```
@@ -9,6 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::fs::SeekFrom;
@@ -32,11 +34,17 @@ pub(crate) fn find(
     into: &mut PageBitmap,
 ) -> io::Result<()> {
     match (mapping.backing(), mapping.file()) {
-        (Backing::Memfd { .. }, Some(file)) => from_file(file, pages, into),
-        _ => match pagemap {
-            Some(pagemap) => from_pagemap(mapping, pagemap, pages, into),
-            None => Err(io::Error::other("the page map is not at hand")),
-        },
+        (Backing::Memfd { .. }, Some(file)) => from_file(file, 0, pages, into),
+        _ => {
+            let Some(pagemap) = pagemap else {
+                return Err(io::Error::other("the page map is not at hand"));
+            };
+            if let Some(origin) = mapping.origin() {
+                // Parts that were given back since are found too; they only cost a look.
+                from_file(origin.file.as_fd(), origin.offset, pages.clone(), into)?;
+            }
+            from_pagemap(mapping, pagemap, pages, into)
+        }
     }
 }
 
@@ -74,13 +82,15 @@ fn from_pagemap(
     Ok(())
 }
 
+/// Page 0 is at `offset` in the file.
 fn from_file(
-    file: std::os::fd::BorrowedFd<'_>,
+    file: BorrowedFd<'_>,
+    offset: u64,
     pages: Range<u64>,
     into: &mut PageBitmap,
 ) -> io::Result<()> {
-    let end = pages.end * PAGE_SIZE;
-    let mut at = pages.start * PAGE_SIZE;
+    let end = offset + pages.end * PAGE_SIZE;
+    let mut at = offset + pages.start * PAGE_SIZE;
     while at < end {
         let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
             Ok(data) if data < end => data,
@@ -89,7 +99,7 @@ fn from_file(
             Err(error) => return Err(error.into()),
         };
         let hole = rustix::fs::seek(file, SeekFrom::Hole(data))?.min(end);
-        into.set_range(data / PAGE_SIZE..hole.div_ceil(PAGE_SIZE));
+        into.set_range((data - offset) / PAGE_SIZE..(hole - offset).div_ceil(PAGE_SIZE));
         at = hole.max(data + PAGE_SIZE);
     }
     Ok(())

@@ -141,6 +141,19 @@ impl GuestRam {
         into.or_words(&view.bitmap().get_and_reset());
     }
 
+    /// Puts the contents of a file, from `offset` on, in place of a region's memory, whatever it holds: for memory that nothing
+    /// has used yet. Returns at once, however large the region is: pages are read from the file when they are first used.
+    ///
+    /// The mapping is private. What is written stays here, the file is never changed, and any number of machines may begin as
+    /// the same file. It must not be changed while the memory lives (its name may go): pages not used yet would change too, and
+    /// using one beyond the end of a file that was cut ends the process with SIGBUS.
+    ///
+    /// Only for [`Backing::Anonymous`], once a region, and for a regular file that is long enough; anything else is refused
+    /// and the memory stays as it is.
+    pub fn map_file(&self, region: usize, file: File, offset: u64) -> Result<(), Error> {
+        self.region(region, 0, 0)?.mapping().map_file(file, offset)
+    }
+
     /// The pages of a region that may hold something else than zeros, found without touching any. Where the host
     /// does not tell, every page.
     pub fn populated(&self, region: usize) -> Result<PageBitmap, Error> {

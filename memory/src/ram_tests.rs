@@ -198,3 +198,98 @@ proptest! {
         prop_assert_eq!(runs, expected);
     }
 }
+
+/// A sparse file of `pages` pages in which those of `data` are filled with their number.
+fn sparse_file(pages: u64, data: &[u64]) -> (tempfile::TempDir, File) {
+    use std::os::unix::fs::FileExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = File::create_new(folder.path().join("ram")).expect("a file");
+    file.set_len(pages * PAGE_SIZE).expect("a long file");
+    for &page in data {
+        file.write_all_at(&[page as u8; PAGE_SIZE as usize], page * PAGE_SIZE)
+            .expect("written");
+    }
+    let file = File::open(folder.path().join("ram")).expect("readable");
+    (folder, file)
+}
+
+#[test]
+fn a_mapped_file_is_the_memory_and_is_never_changed() {
+    use std::os::unix::fs::FileExt;
+    for thp in [false, true] {
+        let (_folder, file) = sparse_file(1024, &[16, 17, 900]);
+        let copy = file.try_clone().expect("a descriptor");
+        let ram = ram(2 * MIB, Backing::Anonymous { thp });
+        ram.map_file(0, file, 16 * PAGE_SIZE).expect("mapped");
+        let memory = ram.guest_memory();
+        let byte = |page: u64| -> u8 {
+            memory
+                .read_obj(GuestAddress(page * PAGE_SIZE))
+                .expect("in range")
+        };
+        // Nothing has been used yet, but all that the file holds counts.
+        let populated = ram.populated(0).expect("readable");
+        let found: Vec<u64> = populated.runs().flat_map(|(at, n)| at..at + n).collect();
+        assert_eq!(found, [0, 1], "thp {thp}");
+        assert_eq!((byte(0), byte(1), byte(2)), (16, 17, 0));
+        memory.write_obj(7u8, GuestAddress(0)).expect("in range");
+        memory
+            .write_obj(8u8, GuestAddress(300 * PAGE_SIZE))
+            .expect("in range");
+        let populated = ram.populated(0).expect("readable");
+        assert!([0, 1, 300].iter().all(|&page| populated.get(page)));
+        let mut dirty = PageBitmap::new(512);
+        ram.take_device_dirty(0, &mut dirty);
+        let dirty: Vec<u64> = dirty.runs().flat_map(|(at, n)| at..at + n).collect();
+        assert_eq!(dirty, [0, 300]);
+        let mut there = [0; 1];
+        copy.read_exact_at(&mut there, 16 * PAGE_SIZE)
+            .expect("readable");
+        assert_eq!(there, [16], "the file was written");
+    }
+}
+
+#[test]
+fn what_is_given_back_reads_as_zeros_and_not_as_the_file() {
+    let all: Vec<u64> = (0..1024).collect();
+    let (_folder, file) = sparse_file(1024, &all);
+    let ram = ram(4 * MIB, Backing::Anonymous { thp: true });
+    ram.map_file(0, file, 0).expect("mapped");
+    ram.discard(0, 3, 2).expect("given back");
+    ram.zero(0, 100, 1).expect("zeroed");
+    ram.zero(0, 512, 512).expect("given back");
+    for page in 0..1024u64 {
+        let zero = [3, 4, 100].contains(&page) || page >= 512;
+        let byte: u8 = ram
+            .guest_memory()
+            .read_obj(GuestAddress(page * PAGE_SIZE + 9))
+            .expect("in range");
+        assert_eq!(byte, if zero { 0 } else { page as u8 }, "page {page}");
+    }
+}
+
+#[test]
+fn files_that_cannot_be_mapped_are_refused() {
+    let refused = |backing, offset, pages| {
+        let (_folder, file) = sparse_file(pages, &[]);
+        let error = ram(MIB, backing)
+            .map_file(0, file, offset)
+            .expect_err("refused");
+        assert!(matches!(error, Error::MapFile { .. }), "{error}");
+    };
+    let anonymous = Backing::Anonymous { thp: false };
+    refused(Backing::Memfd { thp: false }, 0, 256);
+    refused(anonymous, 0, 255);
+    refused(anonymous, PAGE_SIZE, 256);
+    refused(anonymous, 1, 512);
+    refused(anonymous, u64::MAX - 4095, 512);
+    let ram = ram(MIB, anonymous);
+    let (_folder, file) = sparse_file(256, &[]);
+    let again = file.try_clone().expect("a descriptor");
+    ram.map_file(0, file, 0).expect("mapped");
+    assert!(ram.map_file(0, again, 0).is_err());
+    assert!(
+        ram.map_file(1, File::open("/dev/null").expect("there"), 0)
+            .is_err()
+    );
+}
