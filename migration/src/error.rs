@@ -182,7 +182,7 @@ impl From<memory::Error> for Cause {
     }
 }
 
-fn list(refusals: &[Refusal]) -> String {
+pub(crate) fn list(refusals: &[Refusal]) -> String {
     if refusals.is_empty() {
         return "it gives no reason".to_owned();
     }

@@ -15,6 +15,8 @@
 //!       └──────────── failure or cancel: the source's guest runs on ────┘ up to the commit point
 //! ```
 //!
+//! A machine can also go to files and come back from them: [`snapshot`].
+//!
 //! What this room promises:
 //!
 //! - At every moment at most one side may run the guest, and after every failure one side still has it. Who that is
@@ -41,6 +43,7 @@ mod machine;
 mod options;
 mod phase;
 pub mod protocol;
+pub mod snapshot;
 pub mod source;
 mod url;
 

@@ -23,12 +23,14 @@ pub enum Phase {
     Pause,
     /// The last pages and the state travel, and the right to run the guest changes hands.
     Handover,
-    /// The guest runs at the destination.
+    /// Memory goes to the files of a snapshot, or comes from them: no phase of a move.
+    Memory,
+    /// The guest runs at the destination, or the snapshot is done.
     Complete,
 }
 
 impl Phase {
-    /// All phases, in order.
+    /// All phases of a move, in order.
     pub const ALL: [Self; 7] = [
         Self::Connect,
         Self::Negotiate,
@@ -48,6 +50,7 @@ impl Phase {
             Self::Precopy => "precopy",
             Self::Pause => "pause",
             Self::Handover => "handover",
+            Self::Memory => "memory",
             Self::Complete => "complete",
         }
     }

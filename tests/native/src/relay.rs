@@ -49,6 +49,7 @@ impl Point {
             Phase::Pause => Self::Message(kind::STATE),
             Phase::Handover => Self::Message(kind::READY),
             Phase::Complete => Self::Message(kind::RESUMED),
+            Phase::Memory => unreachable!("no phase of a move"),
         }
     }
 }
