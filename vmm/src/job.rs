@@ -29,6 +29,10 @@ pub enum JobKind {
     Send,
     /// Waits for a machine and takes it.
     Receive,
+    /// Writes the machine to files.
+    Snapshot,
+    /// Makes a machine of such files.
+    Restore,
 }
 
 /// How far a job is.
@@ -56,7 +60,7 @@ pub struct JobInfo {
     pub kind: JobKind,
     /// How far it is.
     pub status: JobStatus,
-    /// Where to, or where it listens (the port is resolved).
+    /// Where to, where it listens (the port is resolved), or where the files are.
     pub url: String,
     /// When it began, in milliseconds since 1970.
     pub started_ms: u64,

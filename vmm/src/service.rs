@@ -8,6 +8,7 @@ use std::sync::mpsc;
 
 use arch::x86_64::cpu_model::CpuDump;
 use hypervisor::HypervisorKind;
+use migration::snapshot::Loading;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{DiskConfig, NetConfig, SerialConfig, VmConfig};
@@ -52,6 +53,10 @@ pub enum Request {
     Send(SendMigration),
     /// Start to wait for a machine: answers with the job.
     Receive(ReceiveMigration),
+    /// Start to write the machine to files: answers with the job.
+    Snapshot(SnapshotRequest),
+    /// Start to make a machine of such files: answers with the job.
+    Restore(Box<RestoreRequest>),
     /// All jobs.
     Jobs,
     /// One job.
@@ -241,6 +246,70 @@ pub struct ReceiveMigration {
     /// The guest's TSC may run at another frequency here: for guests that do not tell the time by it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_tsc_change: bool,
+}
+
+/// The body of `vm.snapshot`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// `file:///DIR`: a directory that does not exist or is empty. Nothing in it is percent-encoded.
+    pub destination_url: String,
+}
+
+/// The body of `vm.restore`. What is absent leads where it led when the snapshot was taken.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreRequest {
+    /// `file:///DIR`: where the snapshot is.
+    pub source_url: String,
+    /// All memory is read and checked before the guest can run. Otherwise it is mapped, and read page by page when the guest
+    /// uses it: the guest can run at once, damage of the memory is not found, and the files must stay as they are.
+    #[serde(default)]
+    pub prefault: bool,
+    /// The guest runs at once; otherwise it waits for `vm.resume`.
+    #[serde(default)]
+    pub resume: bool,
+    /// Where the guest's serial port leads now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<SerialConfig>,
+    /// Where its console leads now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<SerialConfig>,
+    /// Its vsock's socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<PathBuf>,
+    /// Which hypervisor runs it; this host's own by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hypervisor: Option<HypervisorKind>,
+    /// Images of its disks, by the disks' ids. They must hold what they held when the snapshot was taken.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disks: BTreeMap<String, PathBuf>,
+    /// TAPs of its network interfaces, by their ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub taps: BTreeMap<String, String>,
+    /// The guest's TSC may run at another frequency here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_tsc_change: bool,
+}
+
+impl RestoreRequest {
+    /// How its memory comes back.
+    pub(crate) fn loading(&self) -> Loading {
+        match self.prefault {
+            true => Loading::Verified,
+            false => Loading::Lazy,
+        }
+    }
+}
+
+/// The directory of a `file://` URL, or what is wrong with it.
+pub(crate) fn directory_of(url: &str) -> Result<PathBuf, String> {
+    match url.strip_prefix("file://").map(PathBuf::from) {
+        Some(path) if path.is_absolute() && !url.contains('\0') => Ok(path),
+        _ => Err(format!(
+            "`{url}` is not the URL of a directory here; write file:// and an absolute path, for example file:///srv/vm1.snapshot"
+        )),
+    }
 }
 
 /// How a move of unknown outcome is settled.

@@ -21,8 +21,8 @@ use super::{MAX_BODY, PREFIX};
 use crate::config::VmConfig;
 use crate::job::{JobId, JobInfo, JobStatus};
 use crate::service::{
-    ErrorKind, ReceiveMigration, Reply, Request, Response, SendMigration, Service, ServiceError,
-    Settlement,
+    ErrorKind, ReceiveMigration, Reply, Request, Response, RestoreRequest, SendMigration, Service,
+    ServiceError, Settlement, SnapshotRequest,
 };
 
 type Answer = Result<HttpResponse, Problem>;
@@ -62,6 +62,8 @@ pub fn router(service: Service) -> Router {
         .route(&path("vm.resize-disk"), put(resize_disk))
         .route(&path("vm.send-migration"), put(send_migration))
         .route(&path("vm.receive-migration"), put(receive_migration))
+        .route(&path("vm.snapshot"), put(snapshot))
+        .route(&path("vm.restore"), put(restore))
         .route(&path("cpu"), get(cpu))
         .route(&path("cpu/compare"), post(cpu_compare))
         .route(&path("cpu/baseline"), post(cpu_baseline))
@@ -194,6 +196,16 @@ async fn receive_migration(State(service): State<Service>, wait: Wait, Body(body
     start_job(&service, Request::Receive(receive), wait.or(true)).await
 }
 
+async fn snapshot(State(service): State<Service>, wait: Wait, Body(body): Body) -> Answer {
+    let snapshot: SnapshotRequest = parse(&body)?;
+    start_job(&service, Request::Snapshot(snapshot), wait.or(true)).await
+}
+
+async fn restore(State(service): State<Service>, wait: Wait, Body(body): Body) -> Answer {
+    let restore: RestoreRequest = parse(&body)?;
+    start_job(&service, Request::Restore(Box::new(restore)), wait.or(true)).await
+}
+
 async fn jobs(State(service): State<Service>) -> HttpResponse {
     json(StatusCode::OK, &service.jobs().list())
 }
@@ -304,12 +316,12 @@ async fn ended(service: &Service, id: JobId) -> Result<JobInfo, Problem> {
     receiver.await.map_err(|_| shutting_down().into())
 }
 
-/// The answer of a move that was waited for.
+/// The answer of a job that was waited for.
 fn outcome(job: JobInfo) -> Answer {
     let default = match job.status {
         JobStatus::Succeeded => return Ok(StatusCode::NO_CONTENT.into_response()),
-        JobStatus::Failed => "the move failed",
-        JobStatus::Cancelled => "the move was cancelled",
+        JobStatus::Failed => "the job failed",
+        JobStatus::Cancelled => "the job was cancelled",
         JobStatus::InDoubt => {
             "it is unknown whether the guest runs at the destination: settle the job"
         }

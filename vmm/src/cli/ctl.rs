@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
-use super::FAILED;
+use super::{FAILED, directory_url};
 use crate::client::{Client, ClientError};
 use crate::job::JobId;
 use crate::service::Settlement;
@@ -97,6 +97,15 @@ enum CtlRequest {
         id: String,
         /// Bytes, a multiple of 512.
         size: u64,
+    },
+    /// Write the paused machine to files, from which `vmm restore` makes it again. The images of its disks are not in them.
+    ///
+    /// Answers once they are on the disk; `jobs` shows how far they are, and `cancel` gives it up. Pause the machine first; it stays
+    /// paused.
+    Snapshot {
+        /// A directory that does not exist or is empty.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
     },
     /// Forget the config, so that another can be given.
     Delete,
@@ -201,6 +210,10 @@ fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, Cl
         CtlRequest::ResizeDisk { id, size } => {
             let body = json!({"id": id, "desired_size": size});
             client.put_json("vm.resize-disk", body.to_string().into_bytes())
+        }
+        CtlRequest::Snapshot { directory } => {
+            let body = json!({ "destination_url": directory_url(directory)? });
+            client.put_json("vm.snapshot", body.to_string().into_bytes())
         }
         CtlRequest::Delete => client.put("vm.delete"),
         CtlRequest::Jobs => client.get("jobs"),

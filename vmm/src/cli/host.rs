@@ -1,4 +1,4 @@
-//! `vmm run`, `vmm serve` and `vmm receive`: processes that own a machine.
+//! `vmm run`, `vmm serve`, `vmm receive` and `vmm restore`: processes that own a machine.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -8,12 +8,12 @@ use anyhow::{Context, bail};
 use hypervisor::HypervisorKind;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
-use super::{FAILED, ReceiveArgs, RunArgs, ServeArgs, signals};
+use super::{FAILED, ReceiveArgs, RestoreArgs, RunArgs, ServeArgs, directory_url, signals};
 use crate::api::ApiServer;
 use crate::config::VmConfig;
-use crate::job::{JobInfo, JobStatus};
+use crate::job::{JobId, JobInfo, JobStatus};
 use crate::machine::{ExitReason, GuestEnd, MachineThread};
-use crate::service::{ReceiveMigration, Request, Response, Service};
+use crate::service::{ReceiveMigration, Request, Response, RestoreRequest, Service};
 
 /// A machine's thread, and the API if it was asked for.
 struct Host {
@@ -146,13 +146,59 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
     if let Some(job) = service.jobs().get(id) {
         eprintln!("listening on {}", job.url);
     }
+    run_arrival(
+        host,
+        id,
+        "has arrived and runs here",
+        "no machine has arrived",
+    )
+}
+
+/// `vmm restore`.
+pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<ExitCode> {
+    let restore = RestoreRequest {
+        source_url: directory_url(&args.directory)?,
+        prefault: args.verify,
+        resume: !args.paused,
+        serial: args.serial,
+        console: args.console,
+        vsock: args.vsock,
+        hypervisor: args.hypervisor.map(Into::into),
+        disks: args
+            .disks
+            .into_iter()
+            .map(|(id, path)| (id, path.into()))
+            .collect(),
+        taps: args.taps.into_iter().collect(),
+        allow_tsc_change: args.allow_tsc_change,
+    };
+    let host = Host::start(GuestEnd::EndsProcess, None, args.api_socket.as_deref())?;
+    let id = match host.service().call(Request::Restore(Box::new(restore))) {
+        Ok(Response::JobStarted(id)) => id,
+        Ok(other) => bail!("the machine's thread gave an answer to another question: {other:?}"),
+        Err(error) => {
+            host.stop();
+            return Err(error.into());
+        }
+    };
+    run_arrival(host, id, "is restored", "no machine was restored")
+}
+
+/// Waits for the job that brings a machine here, and then for the machine's end.
+fn run_arrival(
+    host: Host,
+    id: JobId,
+    arrived: &'static str,
+    nothing: &'static str,
+) -> anyhow::Result<ExitCode> {
+    let service = host.service().clone();
     // Whatever happens to the job, this thread waits for the machine's: the one that decides.
     let arrival: Arc<Mutex<Option<JobInfo>>> = Arc::default();
     let ended = Arc::clone(&arrival);
     let watched = service.clone();
     service.jobs().on_end(id, move |job| {
         if job.status == JobStatus::Succeeded {
-            eprintln!("the machine has arrived and runs here");
+            eprintln!("the machine {arrived}");
         } else {
             watched.submit(Request::VmmShutdown, Box::new(|_| ()));
         }
@@ -167,8 +213,8 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         Some(job) if job.status == JobStatus::Succeeded => guest_ended(&reason),
         Some(JobInfo {
             error: Some(error), ..
-        }) => bail!("no machine has arrived: {error}"),
-        _ => bail!("stopped before a machine arrived"),
+        }) => bail!("{nothing}: {error}"),
+        _ => bail!("stopped before there was a machine"),
     }
 }
 

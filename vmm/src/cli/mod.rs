@@ -1,7 +1,7 @@
 //! The command line.
 //!
 //! ```text
-//!  run, serve, receive ─► host.rs: own a machine until it ends      (machine's thread, API if asked for)
+//!  run, serve, receive, restore ─► host.rs: own a machine until it ends      (machine's thread, API if asked for)
 //!  send, ctl           ─► send.rs, ctl.rs: talk to the API of such a process
 //!  cpu                 ─► cpu.rs: this and other hosts, CPU models
 //!  demo                ─► demo/: start two of them and move a guest from one to the other
@@ -24,6 +24,7 @@ use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use hypervisor::HypervisorKind;
 
@@ -46,6 +47,8 @@ Examples:
   vmm receive tcp:0.0.0.0:4600                   wait for a machine and run it
   vmm send tcp:host-b:4600 --api-socket a.sock   move the machine behind a.sock there
   vmm ctl --api-socket a.sock info               ask about it
+  vmm ctl --api-socket a.sock snapshot /srv/s1   write the paused machine to files
+  vmm restore /srv/s1                            run the machine that such files hold
   vmm cpu compare a.json b.json                  whether guests move between two hosts
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 3 a move whose outcome is unknown.")]
@@ -63,6 +66,7 @@ enum Command {
     Run(RunArgs),
     Serve(ServeArgs),
     Receive(ReceiveArgs),
+    Restore(RestoreArgs),
     Send(SendArgs),
     Ctl(ctl::CtlArgs),
     Cpu(cpu::CpuArgs),
@@ -185,6 +189,71 @@ struct ReceiveArgs {
     allow_tsc_change: bool,
 }
 
+/// Run the machine of a snapshot until it ends.
+///
+/// The guest runs at once, whatever its size: its memory is mapped, copy on write, and read page by page as the guest uses it. The
+/// snapshot is not changed and can be restored again. Until the guest has ended its `memory` file must not be changed.
+///
+/// A snapshot does not hold the images of disks: they are used where they are, or where --disk says, and must hold what they held
+/// when it was taken. Serial port, sockets and TAPs lead where they led, or where the options say.
+///
+/// The process ends with status 1 if the snapshot cannot be restored; afterwards it is like `vmm run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  vmm restore /srv/vm1.snapshot
+  vmm restore /srv/vm1.snapshot --verify --serial file=/var/log/vm1.log
+  vmm restore /srv/vm1.snapshot --paused --api-socket /run/vm1.sock
+  vmm restore /srv/vm1.snapshot --disk root=/srv/copy.img
+
+To write one: pause the machine, then `vmm ctl --api-socket /run/vm1.sock snapshot /srv/vm1.snapshot`.")]
+struct RestoreArgs {
+    /// The snapshot's directory.
+    #[arg(value_name = "DIR")]
+    directory: PathBuf,
+    /// Read all memory first and compare it with its checksums: slower, finds any damage, and the files are not needed afterwards.
+    #[arg(long, visible_alias = "prefault")]
+    verify: bool,
+    /// Leave the guest paused until it is resumed through the API.
+    #[arg(long, requires = "api_socket")]
+    paused: bool,
+    /// Offer the HTTP API on a unix socket that is made here.
+    #[arg(long, value_name = "PATH")]
+    api_socket: Option<PathBuf>,
+    /// Where the guest's serial port leads, instead of where it led: off, null, pty, tty, file=PATH or socket=PATH.
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<SerialConfig>,
+    /// Which hypervisor runs the machine [default: mshv where /dev/mshv exists, else kvm]
+    #[arg(long, value_name = "NAME")]
+    hypervisor: Option<HypervisorName>,
+    /// Where the guest's console leads: as for --serial.
+    #[arg(long, value_name = "WHERE")]
+    console: Option<SerialConfig>,
+    /// The unix socket of the guest's vsock.
+    #[arg(long, value_name = "PATH")]
+    vsock: Option<PathBuf>,
+    /// The image of one of the guest's disks; may be given for each.
+    #[arg(long = "disk", value_name = "ID=PATH", value_parser = pair)]
+    disks: Vec<(String, String)>,
+    /// The TAP of one of the guest's network interfaces; may be given for each.
+    #[arg(long = "tap", value_name = "ID=NAME", value_parser = pair)]
+    taps: Vec<(String, String)>,
+    /// Take the guest even if its TSC runs at another frequency here, which it is not told of: for guests that do not tell
+    /// the time by it.
+    #[arg(long)]
+    allow_tsc_change: bool,
+}
+
+/// A directory as a URL for the API of a process that may be in another one.
+fn directory_url(directory: &std::path::Path) -> anyhow::Result<String> {
+    let path = std::path::absolute(directory)
+        .with_context(|| format!("snapshot {}", directory.display()))?;
+    let path = path
+        .to_str()
+        .with_context(|| format!("snapshot {}: the path is not UTF-8", path.display()))?;
+    Ok(format!("file://{path}"))
+}
+
 /// `ID=WHERE`.
 fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
@@ -273,6 +342,7 @@ impl Command {
             Self::Run(args) => host::run(&args),
             Self::Serve(args) => host::serve(&args),
             Self::Receive(args) => host::receive(args),
+            Self::Restore(args) => host::restore(args),
             Self::Send(args) => send::send(args),
             Self::Ctl(args) => ctl::ctl(&args),
             Self::Cpu(args) => cpu::cpu(args),

@@ -8,6 +8,7 @@
 //!
 //!   (nothing) ─create─► Created ─boot─► Running ⇄ Paused ──shutdown──► Shutdown ─boot─► …
 //!        └──receive──► (moving in) ───► Running | Paused
+//!        └──restore──► (reading a snapshot) ► Paused ──snapshot──► (writing one) ──► Paused
 //!                       Running | Paused ──send──► (moving out) ──► MovedAway
 //!                                 ▲                     │ ├──failure before commit──► as it was
 //!                                 └──settle: resume_here┘ └──no answer to the commit──► InDoubt
@@ -16,7 +17,7 @@
 //! Promises:
 //!
 //! - Only this thread decides. A request never waits for a long operation: those are jobs.
-//! - While a move goes on nothing else may change the machine; cancel the job first.
+//! - While a move goes on, or a snapshot is written or read, nothing else may change the machine; cancel the job first.
 //! - A machine in doubt is never run, deleted or forgotten until an operator settles it.
 
 mod bus;
@@ -29,6 +30,7 @@ mod instance;
 mod moves;
 mod owner;
 mod pci;
+mod snapshots;
 mod source;
 mod vcpus;
 
@@ -61,6 +63,26 @@ pub(crate) enum Event {
         JobId,
         Result<(migration::ReceiveReport, destination::Arrived), ReceiveFailure>,
     ),
+    /// A snapshot has been written, or not.
+    SnapshotEnded(JobId, Result<(), SnapshotFailure>),
+    /// A snapshot has been restored, or not; the flag says whether the guest is to run.
+    RestoreEnded(JobId, Result<destination::Arrived, RestoreFailure>, bool),
+}
+
+/// Why no snapshot was written.
+pub(crate) enum SnapshotFailure {
+    /// The machine's state cannot be had.
+    State(migration::MachineError),
+    /// The files cannot be written.
+    Files(migration::snapshot::SnapshotError),
+}
+
+/// Why nothing was restored.
+pub(crate) enum RestoreFailure {
+    /// The restore failed.
+    Restore(migration::snapshot::RestoreError),
+    /// It reported success without a machine: our own fault.
+    Nothing,
 }
 
 /// Why nothing arrived.

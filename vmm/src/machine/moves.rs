@@ -54,7 +54,7 @@ impl Owner {
         self.started(job, JobKind::Send, control, 0, spawned)
     }
 
-    fn started(
+    pub(super) fn started(
         &mut self,
         job: JobId,
         kind: JobKind,
@@ -216,13 +216,7 @@ impl Owner {
     }
 
     pub(super) fn receive(&mut self, request: ReceiveMigration) -> Reply {
-        self.not_moving()?;
-        if let Some(vm) = &self.vm {
-            return Err(ServiceError::wrong_state(format!(
-                "there already is a VM ({:?}): delete it first",
-                vm.state
-            )));
-        }
+        self.no_vm()?;
         let url = parse_url(&request.receiver_url)?;
         let listener = Listener::bind(&url)
             .map_err(|error| ServiceError::new(ErrorKind::Failed, error_chain(&error)))?;
@@ -281,15 +275,7 @@ impl Owner {
             .unwrap_or_default();
         match result {
             Ok((_, arrived)) => {
-                self.vm = Some(Vm {
-                    config: arrived.instance.config(),
-                    contract: Some(arrived.instance.contract().clone()),
-                    state: match arrived.run_state {
-                        RunState::Running => VmState::Running,
-                        RunState::Paused => VmState::Paused,
-                    },
-                    instance: Some(arrived.instance),
-                });
+                self.vm = Some(Vm::arrived(arrived));
                 self.jobs.finish(job, JobStatus::Succeeded, None);
                 // Its only copy runs here now. Who wanted to end this process did not know that.
                 if let Some((_, Some(reply_to))) = self.ending.take() {

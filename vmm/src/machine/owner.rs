@@ -24,12 +24,12 @@ pub(super) struct Vm {
     pub(super) instance: Option<Arc<Instance>>,
 }
 
-/// A move that goes on.
+/// A move, or the writing or reading of a snapshot, that goes on.
 pub(super) struct Moving {
     pub(super) job: JobId,
     pub(super) kind: JobKind,
     pub(super) control: Arc<MoveControl>,
-    /// Number of the machine that arrives, for [`JobKind::Receive`].
+    /// Number of the machine that arrives, for [`JobKind::Receive`] and [`JobKind::Restore`].
     pub(super) arriving: u64,
     /// What the arriving guest asked for before this thread knew that it runs.
     pub(super) early: Vec<Demand>,
@@ -86,6 +86,8 @@ impl Owner {
                 Event::Ejected(machine, id) => self.ejected(machine, &id),
                 Event::SendEnded(job, machine, result) => self.send_ended(job, machine, result),
                 Event::ReceiveEnded(job, result) => self.receive_ended(job, result),
+                Event::SnapshotEnded(job, result) => self.snapshot_ended(job, result),
+                Event::RestoreEnded(job, result, resume) => self.restore_ended(job, result, resume),
             }
             if self.moving.is_none()
                 && let Some((reason, reply_to)) = self.ending.take()
@@ -121,6 +123,8 @@ impl Owner {
             Request::Delete => self.delete(),
             Request::Send(send) => self.send(&send),
             Request::Receive(receive) => self.receive(receive),
+            Request::Snapshot(snapshot) => self.snapshot(&snapshot),
+            Request::Restore(restore) => self.restore(*restore),
             Request::Jobs => Ok(Response::Jobs(self.jobs.list())),
             Request::Job(id) => self
                 .jobs
@@ -152,8 +156,25 @@ impl Owner {
         match &self.moving {
             None => Ok(()),
             Some(moving) => Err(ServiceError::wrong_state(format!(
-                "job {} is moving the VM: wait for it or cancel it first",
-                moving.job
+                "job {} is {} the VM: wait for it or cancel it first",
+                moving.job,
+                match moving.kind {
+                    JobKind::Send | JobKind::Receive => "moving",
+                    JobKind::Snapshot => "writing a snapshot of",
+                    JobKind::Restore => "restoring",
+                }
+            ))),
+        }
+    }
+
+    /// Refuses while there is a VM, or one is on its way.
+    pub(super) fn no_vm(&self) -> Result<(), ServiceError> {
+        self.not_moving()?;
+        match &self.vm {
+            None => Ok(()),
+            Some(vm) => Err(ServiceError::wrong_state(format!(
+                "there already is a VM ({:?}): delete it first",
+                vm.state
             ))),
         }
     }
@@ -179,13 +200,7 @@ impl Owner {
     }
 
     fn create(&mut self, mut config: VmConfig) -> Reply {
-        self.not_moving()?;
-        if let Some(vm) = &self.vm {
-            return Err(ServiceError::wrong_state(format!(
-                "there already is a VM ({:?}): delete it first",
-                vm.state
-            )));
-        }
+        self.no_vm()?;
         config.normalise();
         config.hypervisor = config.hypervisor.or(self.hypervisor);
         config
@@ -283,7 +298,7 @@ impl Owner {
         Ok(Response::Done)
     }
 
-    fn resume(&mut self) -> Reply {
+    pub(super) fn resume(&mut self) -> Reply {
         let vm = self.vm_in(&[VmState::Paused], "resume")?;
         if let Some(Demand::Fault(reason)) = vm
             .instance
@@ -368,7 +383,7 @@ impl Owner {
 
     fn demand(&mut self, machine: u64, demand: Demand) {
         if let Some(moving) = &mut self.moving
-            && moving.kind == JobKind::Receive
+            && matches!(moving.kind, JobKind::Receive | JobKind::Restore)
             && moving.arriving == machine
         {
             moving.early.push(demand);

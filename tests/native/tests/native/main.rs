@@ -7,6 +7,7 @@ mod failures;
 mod matrix;
 mod moves;
 mod refusals;
+mod snapshots;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -19,5 +20,6 @@ fn main() {
     trials.extend(failures::trials());
     trials.extend(refusals::trials());
     trials.extend(devices::trials());
+    trials.extend(snapshots::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }

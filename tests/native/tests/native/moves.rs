@@ -312,7 +312,7 @@ fn registers(folder: &Folder) -> Result<()> {
 }
 
 /// How far the guest's clock is behind this process's: the least of some lines, since a line comes late but never early.
-fn behind(console: &mut Console, since: Instant) -> Result<Duration> {
+pub(crate) fn behind(console: &mut Console, since: Instant) -> Result<Duration> {
     let mut least = Duration::MAX;
     for _ in 0..3 {
         let guest = Duration::from_millis(field(&console.line("cpu: report", LIMIT)?, "t_ms")?);

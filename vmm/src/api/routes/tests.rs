@@ -331,6 +331,8 @@ fn refusals_have_the_status_of_their_kind() {
                 "vm.receive-migration",
                 r#"{"receiver_url": "tcp:h:1"}"#,
             ),
+            ("PUT", "vm.snapshot", r#"{"destination_url": "file:///s"}"#),
+            ("PUT", "vm.restore", r#"{"source_url": "file:///s"}"#),
             ("PUT", "jobs/1/cancel", ""),
             ("PUT", "jobs/1/settle", r#"{"outcome": "runs_there"}"#),
         ];
@@ -384,6 +386,8 @@ fn unknown_paths_and_methods() {
         ("POST", "jobs/1/settle", "PUT"),
         ("GET", "vm.send-migration", "PUT"),
         ("GET", "vm.receive-migration", "PUT"),
+        ("GET", "vm.snapshot", "PUT"),
+        ("POST", "vm.restore", "PUT"),
     ];
     for (method, name, allowed) in wrong {
         let answer = fixture.ask(method, &format!("{PREFIX}/{name}"), "");
@@ -434,13 +438,13 @@ fn a_move_answers_at_its_end() {
             JobStatus::Failed,
             None,
             409,
-            json!({"kind": "failed", "message": "the move failed"}),
+            json!({"kind": "failed", "message": "the job failed"}),
         ),
         (
             JobStatus::Cancelled,
             None,
             409,
-            json!({"kind": "failed", "message": "the move was cancelled"}),
+            json!({"kind": "failed", "message": "the job was cancelled"}),
         ),
         (
             JobStatus::InDoubt,
@@ -499,6 +503,13 @@ fn bodies_of_moves_are_checked() {
             "vm.receive-migration",
             r#"{"receiver_url": "u", "serial": {"mode": "Fax"}}"#,
             "Fax",
+        ),
+        ("vm.snapshot", "{}", "destination_url"),
+        ("vm.restore", r#"{"prefault": true}"#, "source_url"),
+        (
+            "vm.restore",
+            r#"{"source_url": "file:///s", "eager": true}"#,
+            "eager",
         ),
         ("jobs/1/settle", "{}", "outcome"),
         ("jobs/1/settle", r#"{"outcome": "maybe"}"#, "resume_here"),
