@@ -113,7 +113,7 @@ pub(crate) fn reads(load: &Load<'_>) -> Result<Value> {
         random ^= random >> 12;
         random ^= random << 25;
         random ^= random >> 27;
-        (random.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) * blocks.min(1 << 32) >> 32
+        ((random.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) * blocks.min(1 << 32)) >> 32
     };
     let mut run = |time: Duration| -> Result<(Count, Duration)> {
         let begin = Instant::now();
