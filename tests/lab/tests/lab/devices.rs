@@ -285,7 +285,9 @@ fn root_on_a_disk(guest: Guest) -> Result<()> {
         .data("vm.json", guest.config_with(devices, " labroot=/dev/vda"))
         .guest_modules(&MODULES)
         .data("root.ext4", ext4(Some(root.path()))?)
-        .program(Path::new("/usr/sbin/e2fsck"), "bin/e2fsck");
+        .program(Path::new("/usr/sbin/e2fsck"), "bin/e2fsck")
+        // The emulator loses guests with several vCPUs now and then: no need to wait long to see it.
+        .limit(std::time::Duration::from_secs(120));
     let script = guest.back_end.prelude(guest.vcpus)
         + r"cp /root.ext4 /tmp/root.img
             boot vm
