@@ -19,7 +19,8 @@
 //! - The guest reaches no byte outside the disk's capacity, and none at all for writing if the disk is read-only.
 //! - Under way are at most as many requests as the queue has descriptors; stopping a queue waits for them. A request that waits for the
 //!   rate limiter is still in the ring, so it is nobody's state.
-//! - Nothing of a disk needs saving: the configuration makes it, and what the driver accepted is told again.
+//! - Of a disk, the size is saved that its guest knows: a smaller image is refused at a restore. All else the configuration makes, and what
+//!   the driver accepted is told again.
 
 mod config_space;
 mod counters;
