@@ -87,6 +87,8 @@ pub struct Disk {
     discard: Option<u32>,
     /// Held while the size is changed.
     resizing: Mutex<()>,
+    /// Whether it has the lock.
+    held: Mutex<bool>,
 }
 
 impl Disk {
@@ -152,6 +154,7 @@ impl Disk {
             physical_block,
             discard,
             resizing: Mutex::new(()),
+            held: Mutex::new(false),
         })
     }
 
@@ -160,9 +163,15 @@ impl Disk {
     /// It is an open file description's lock, which the system keeps per inode: other names of the file are covered, other device nodes of
     /// the same block device are not.
     ///
-    /// Another host may have written to a block device meanwhile: what this host's page cache has of it is forgotten.
+    /// Another host may have written to a block device meanwhile: what this host's page cache has of it is forgotten. That takes time, so
+    /// a disk that is locked already is left as it is.
     pub fn lock(&self) -> Result<(), DiskError> {
+        let mut held = self.held();
+        if *held {
+            return Ok(());
+        }
         self.try_lock()?;
+        *held = true;
         if self.block_device
             && let Err(error) = host::forget_cache(&self.cached)
         {
@@ -193,16 +202,32 @@ impl Disk {
     /// What this host's page cache has for a block device is on it before: another host does not see the cache. (Of a file on a network,
     /// the file system takes care, by the lock.)
     pub fn unlock(&self) -> Result<(), DiskError> {
-        if self.block_device && !self.read_only {
-            self.cached.sync_data().map_err(|source| DiskError::Lock {
-                path: self.path.clone(),
-                source,
-            })?;
-        }
+        let mut held = self.held();
+        self.write_back().map_err(|source| DiskError::Lock {
+            path: self.path.clone(),
+            source,
+        })?;
+        // Whatever comes of it, the next lock asks the system.
+        *held = false;
         host::unlock(&self.locked).map_err(|source| DiskError::Lock {
             path: self.path.clone(),
             source,
         })
+    }
+
+    /// Writes back what this host's page cache has for a block device, so that there is little left to write when [`Disk::unlock`] does
+    /// it while a guest stands still.
+    pub fn write_back(&self) -> io::Result<()> {
+        match self.block_device && !self.read_only {
+            true => self.cached.sync_data(),
+            false => Ok(()),
+        }
+    }
+
+    fn held(&self) -> std::sync::MutexGuard<'_, bool> {
+        self.held
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Where it is.

@@ -87,6 +87,15 @@ pub(super) fn net(config: &mut NetConfig) -> Result<Net, NetEndError> {
     Ok(Net::new(interface, taps)?)
 }
 
+/// Writes back what caches have of the images, while the guest still runs.
+pub(super) fn write_back(disks: &[(String, Arc<Block>)]) {
+    for (id, disk) in disks {
+        if let Err(error) = disk.disk().write_back() {
+            tracing::warn!(id, %error, "the image cannot be written back yet; the handover will try again");
+        }
+    }
+}
+
 /// Lets go the locks of all images, for a destination that takes them.
 pub(super) fn unlock(disks: &[(String, Arc<Block>)]) {
     for (id, disk) in disks {

@@ -441,6 +441,11 @@ impl Instance {
         Some(disk.resize(Some(bytes)).map(drop))
     }
 
+    /// Writes back what caches have of the disks' images, which the handover would do in the pause.
+    pub(super) fn write_back_disks(&self) {
+        ends::write_back(&self.devices.pci().disks());
+    }
+
     /// Lets the locks of the disks' images go: the machine is paused and another host is to have it.
     pub(super) fn unlock_disks(&self) {
         ends::unlock(&self.devices.pci().disks());

@@ -39,6 +39,7 @@ impl SourceMachine for MovingOut {
 
     fn start_dirty_tracking(&mut self) -> Result<(), MachineError> {
         self.tracking = true;
+        self.instance.write_back_disks();
         // What the loader and devices have written up to now is sent in the first round, like everything else.
         for (index, region) in self.instance.ram().regions().iter().enumerate() {
             let mut before = PageBitmap::new(region.pages());
