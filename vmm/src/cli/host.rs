@@ -120,20 +120,17 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
     let host = Host::start(GuestEnd::EndsProcess, None, args.api_socket.as_deref())?;
     let service = host.service().clone();
+    let arrival = args.arrival;
     let receive = ReceiveMigration {
         receiver_url: args.url,
-        serial: args.serial,
-        console: args.console,
-        vsock: args.vsock,
-        hypervisor: args.hypervisor.map(Into::into),
-        disks: args
-            .disks
-            .into_iter()
-            .map(|(id, path)| (id, path.into()))
-            .collect(),
-        taps: args.taps.into_iter().collect(),
+        disks: arrival.disks(),
+        taps: arrival.taps(),
+        serial: arrival.serial,
+        console: arrival.console,
+        vsock: arrival.vsock,
+        hypervisor: arrival.hypervisor.map(Into::into),
         trust_source: args.trust_source,
-        allow_tsc_change: args.allow_tsc_change,
+        allow_tsc_change: arrival.allow_tsc_change,
     };
     let id = match service.call(Request::Receive(receive)) {
         Ok(Response::JobStarted(id)) => id,
@@ -156,21 +153,18 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
 
 /// `vmm restore`.
 pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<ExitCode> {
+    let arrival = args.arrival;
     let restore = RestoreRequest {
         source_url: directory_url(&args.directory)?,
         prefault: args.verify,
         resume: !args.paused,
-        serial: args.serial,
-        console: args.console,
-        vsock: args.vsock,
-        hypervisor: args.hypervisor.map(Into::into),
-        disks: args
-            .disks
-            .into_iter()
-            .map(|(id, path)| (id, path.into()))
-            .collect(),
-        taps: args.taps.into_iter().collect(),
-        allow_tsc_change: args.allow_tsc_change,
+        disks: arrival.disks(),
+        taps: arrival.taps(),
+        serial: arrival.serial,
+        console: arrival.console,
+        vsock: arrival.vsock,
+        hypervisor: arrival.hypervisor.map(Into::into),
+        allow_tsc_change: arrival.allow_tsc_change,
     };
     let host = Host::start(GuestEnd::EndsProcess, None, args.api_socket.as_deref())?;
     let id = match host.service().call(Request::Restore(Box::new(restore))) {

@@ -20,6 +20,7 @@ mod progress;
 mod send;
 mod signals;
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU16;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -161,8 +162,18 @@ struct ReceiveArgs {
     /// Offer the HTTP API on a unix socket that is made here.
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
-    /// Where the guest's serial port leads here, instead of where it led at the source: off, null, pty,
-    /// tty, file=PATH or socket=PATH.
+    #[command(flatten)]
+    arrival: ArrivalArgs,
+    /// Images and TAPs that are not given are named here as at the source. The source may then choose any file of this host.
+    #[arg(long)]
+    trust_source: bool,
+}
+
+/// Where a guest that comes from elsewhere leads here, and what it runs on.
+#[derive(Debug, Args)]
+struct ArrivalArgs {
+    /// Where the guest's serial port leads here, instead of where it led: off, null, pty, tty, file=PATH
+    /// or socket=PATH.
     #[arg(long, value_name = "WHERE")]
     serial: Option<SerialConfig>,
     /// Which hypervisor runs the machine here [default: mshv where /dev/mshv exists, else kvm]
@@ -180,13 +191,21 @@ struct ReceiveArgs {
     /// The TAP of one of the guest's network interfaces here; may be given for each.
     #[arg(long = "tap", value_name = "ID=NAME", value_parser = pair)]
     taps: Vec<(String, String)>,
-    /// Images and TAPs that are not given are named here as at the source. The source may then choose any file of this host.
-    #[arg(long)]
-    trust_source: bool,
     /// Take the guest even if its TSC runs at another frequency here, which it is not told of: for guests that do not tell
     /// the time by it.
     #[arg(long)]
     allow_tsc_change: bool,
+}
+
+impl ArrivalArgs {
+    fn disks(&self) -> BTreeMap<String, PathBuf> {
+        let disks = self.disks.iter();
+        disks.map(|(id, path)| (id.clone(), path.into())).collect()
+    }
+
+    fn taps(&self) -> BTreeMap<String, String> {
+        self.taps.iter().cloned().collect()
+    }
 }
 
 /// Run the machine of a snapshot until it ends.
@@ -220,28 +239,8 @@ struct RestoreArgs {
     /// Offer the HTTP API on a unix socket that is made here.
     #[arg(long, value_name = "PATH")]
     api_socket: Option<PathBuf>,
-    /// Where the guest's serial port leads, instead of where it led: off, null, pty, tty, file=PATH or socket=PATH.
-    #[arg(long, value_name = "WHERE")]
-    serial: Option<SerialConfig>,
-    /// Which hypervisor runs the machine [default: mshv where /dev/mshv exists, else kvm]
-    #[arg(long, value_name = "NAME")]
-    hypervisor: Option<HypervisorName>,
-    /// Where the guest's console leads: as for --serial.
-    #[arg(long, value_name = "WHERE")]
-    console: Option<SerialConfig>,
-    /// The unix socket of the guest's vsock.
-    #[arg(long, value_name = "PATH")]
-    vsock: Option<PathBuf>,
-    /// The image of one of the guest's disks; may be given for each.
-    #[arg(long = "disk", value_name = "ID=PATH", value_parser = pair)]
-    disks: Vec<(String, String)>,
-    /// The TAP of one of the guest's network interfaces; may be given for each.
-    #[arg(long = "tap", value_name = "ID=NAME", value_parser = pair)]
-    taps: Vec<(String, String)>,
-    /// Take the guest even if its TSC runs at another frequency here, which it is not told of: for guests that do not tell
-    /// the time by it.
-    #[arg(long)]
-    allow_tsc_change: bool,
+    #[command(flatten)]
+    arrival: ArrivalArgs,
 }
 
 /// A directory as a URL for the API of a process that may be in another one.
