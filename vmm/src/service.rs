@@ -43,6 +43,8 @@ pub enum Request {
     AddNet(Box<NetConfig>),
     /// Take a device away, once the guest lets it go.
     RemoveDevice(RemoveDevice),
+    /// Say what it boots from.
+    Payload(Box<SetPayload>),
     /// Change sizes.
     Resize(Resize),
     /// Change the size of a disk.
@@ -52,7 +54,7 @@ pub enum Request {
     /// Start to move the machine away: answers with the job.
     Send(SendMigration),
     /// Start to wait for a machine: answers with the job.
-    Receive(ReceiveMigration),
+    Receive(Box<ReceiveMigration>),
     /// Start to write the machine to files: answers with the job.
     Snapshot(SnapshotRequest),
     /// Start to make a machine of such files: answers with the job.
@@ -116,6 +118,9 @@ pub struct VmInfo {
     pub state: VmState,
     /// Guest RAM in bytes.
     pub memory_actual_size: u64,
+    /// False for a guest that has arrived with a kernel or initramfs that nobody at this host has named: if it resets, it stays off until
+    /// `vm.payload` says what it boots from.
+    pub bootable: bool,
     /// The hypervisor that runs it, once it has been built.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<String>,
@@ -137,6 +142,21 @@ pub struct DeviceInfo {
 pub struct RemoveDevice {
     /// Which.
     pub id: String,
+}
+
+/// The body of `vm.payload`: what the machine boots from, from now on.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetPayload {
+    /// Kernel image at this host.
+    #[serde(default)]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM file system at this host; there is none if this is absent and the kernel is not.
+    #[serde(default)]
+    pub initramfs: Option<PathBuf>,
+    /// Those that the host named which the machine came from.
+    #[serde(default)]
+    pub trust_source: bool,
 }
 
 /// The body of `vm.resize`: what is absent stays as it is.
@@ -240,7 +260,13 @@ pub struct ReceiveMigration {
     /// TAPs of its network interfaces here, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub taps: BTreeMap<String, String>,
-    /// What neither says is named here as at the source, which may then choose any file of this host.
+    /// The kernel that it boots when it resets itself here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM file system for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
+    /// What none of these says is named here as at the source, which may then choose any file of this host.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub trust_source: bool,
     /// The guest's TSC may run at another frequency here: for guests that do not tell the time by it.
@@ -287,6 +313,12 @@ pub struct RestoreRequest {
     /// TAPs of its network interfaces, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub taps: BTreeMap<String, String>,
+    /// The kernel that it boots when it resets itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// The initial RAM file system for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs: Option<PathBuf>,
     /// The guest's TSC may run at another frequency here.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_tsc_change: bool,

@@ -123,6 +123,19 @@ impl Api {
         }
     }
 
+    /// Waits until the VM is in this state.
+    pub fn wait_state(&self, wanted: &str, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let state = self.state()?;
+            if state == wanted {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the VM is {state}, not {wanted}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Starts a job and returns its number.
     pub fn start(&self, path: &str, body: &Value) -> Result<u64> {
         let answer = self.put(&format!("{path}?wait=false"), body)?;

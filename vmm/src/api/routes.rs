@@ -58,6 +58,7 @@ pub fn router(service: Service) -> Router {
         .route(&path("vm.add-disk"), put(add_disk))
         .route(&path("vm.add-net"), put(add_net))
         .route(&path("vm.remove-device"), put(remove_device))
+        .route(&path("vm.payload"), put(payload))
         .route(&path("vm.resize"), put(resize))
         .route(&path("vm.resize-disk"), put(resize_disk))
         .route(&path("vm.send-migration"), put(send_migration))
@@ -132,6 +133,10 @@ async fn remove_device(State(service): State<Service>, Body(body): Body) -> Answ
     done(ask(&service, Request::RemoveDevice(parse(&body)?)).await)
 }
 
+async fn payload(State(service): State<Service>, Body(body): Body) -> Answer {
+    done(ask(&service, Request::Payload(Box::new(parse(&body)?))).await)
+}
+
 async fn resize(State(service): State<Service>, Body(body): Body) -> Answer {
     done(ask(&service, Request::Resize(parse(&body)?)).await)
 }
@@ -193,7 +198,7 @@ async fn send_migration(State(service): State<Service>, wait: Wait, Body(body): 
 
 async fn receive_migration(State(service): State<Service>, wait: Wait, Body(body): Body) -> Answer {
     let receive: ReceiveMigration = parse(&body)?;
-    start_job(&service, Request::Receive(receive), wait.or(true)).await
+    start_job(&service, Request::Receive(Box::new(receive)), wait.or(true)).await
 }
 
 async fn snapshot(State(service): State<Service>, wait: Wait, Body(body): Body) -> Answer {

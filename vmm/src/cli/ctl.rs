@@ -85,6 +85,18 @@ enum CtlRequest {
         /// Its name in the machine.
         id: String,
     },
+    /// Say what the machine boots from, from its next boot or reset on.
+    Payload {
+        /// A kernel image.
+        #[arg(long, required_unless_present = "trust_source")]
+        kernel: Option<PathBuf>,
+        /// An initial RAM file system; none if it is not given.
+        #[arg(long, requires = "kernel")]
+        initramfs: Option<PathBuf>,
+        /// What the host named that the machine came from.
+        #[arg(long, conflicts_with = "kernel")]
+        trust_source: bool,
+    },
     /// Change what the guest gives back by its balloon.
     Resize {
         /// Bytes, a multiple of 4096.
@@ -203,6 +215,19 @@ fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, Cl
             "vm.remove-device",
             json!({ "id": id }).to_string().into_bytes(),
         ),
+        CtlRequest::Payload {
+            kernel,
+            initramfs,
+            trust_source,
+        } => {
+            let here = |path: &Option<PathBuf>| path.as_ref().map(std::path::absolute).transpose();
+            let body = json!({
+                "kernel": here(kernel).context("kernel")?,
+                "initramfs": here(initramfs).context("initramfs")?,
+                "trust_source": trust_source,
+            });
+            client.put_json("vm.payload", body.to_string().into_bytes())
+        }
         CtlRequest::Resize { balloon } => {
             let body = json!({ "desired_balloon": balloon });
             client.put_json("vm.resize", body.to_string().into_bytes())

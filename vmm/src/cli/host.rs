@@ -128,11 +128,13 @@ pub(super) fn receive(args: ReceiveArgs) -> anyhow::Result<ExitCode> {
         serial: arrival.serial,
         console: arrival.console,
         vsock: arrival.vsock,
+        kernel: arrival.kernel,
+        initramfs: arrival.initramfs,
         hypervisor: arrival.hypervisor.map(Into::into),
         trust_source: args.trust_source,
         allow_tsc_change: arrival.allow_tsc_change,
     };
-    let id = match service.call(Request::Receive(receive)) {
+    let id = match service.call(Request::Receive(Box::new(receive))) {
         Ok(Response::JobStarted(id)) => id,
         Ok(other) => bail!("the machine's thread gave an answer to another question: {other:?}"),
         Err(error) => {
@@ -163,6 +165,8 @@ pub(super) fn restore(args: RestoreArgs) -> anyhow::Result<ExitCode> {
         serial: arrival.serial,
         console: arrival.console,
         vsock: arrival.vsock,
+        kernel: arrival.kernel,
+        initramfs: arrival.initramfs,
         hypervisor: arrival.hypervisor.map(Into::into),
         allow_tsc_change: arrival.allow_tsc_change,
     };

@@ -148,6 +148,11 @@ struct ServeArgs {
 ///
 /// Prints `listening on URL` to standard error once a sender can connect. The process ends with status
 /// 1 if the move fails; afterwards it is like `vmm run`.
+///
+/// Whoever connects does not choose which files, interfaces and terminals of this host are used: a guest whose serial port, console, disks,
+/// TAPs or vsock lead to some is refused unless an option says where they lead here, or --trust-source is given. Without --kernel (and
+/// --initramfs, if it has one) or --trust-source a guest arrives all the same, but if it resets itself later it is not booted again: the
+/// process ends with status 1 (that of `vmm serve` stays, with the machine powered off). `vmm ctl payload` can say it later.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -155,7 +160,7 @@ Examples:
   vmm receive tcp:[::1]:0 --serial file=/var/log/vm1.log
   vmm receive unix:/run/move.sock --api-socket /run/vm1.sock
   vmm receive tcp:0.0.0.0:4600 --hypervisor mshv
-  vmm receive tcp:0.0.0.0:4600 --disk root=/srv/vm1.img --tap _net0=vmtap3")]
+  vmm receive tcp:0.0.0.0:4600 --disk root=/srv/vm1.img --tap _net0=vmtap3 --serial tty --kernel /boot/vmlinuz")]
 struct ReceiveArgs {
     /// Where to listen: `tcp:HOST:PORT` (port 0 picks one) or `unix:PATH`.
     url: String,
@@ -164,7 +169,7 @@ struct ReceiveArgs {
     api_socket: Option<PathBuf>,
     #[command(flatten)]
     arrival: ArrivalArgs,
-    /// Images and TAPs that are not given are named here as at the source. The source may then choose any file of this host.
+    /// What is not given is named here as at the source: images, TAPs, sockets, kernel. The source may then choose any file of this host.
     #[arg(long)]
     trust_source: bool,
 }
@@ -191,6 +196,12 @@ struct ArrivalArgs {
     /// The TAP of one of the guest's network interfaces here; may be given for each.
     #[arg(long = "tap", value_name = "ID=NAME", value_parser = pair)]
     taps: Vec<(String, String)>,
+    /// The kernel that the guest boots when it resets itself here.
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+    /// The initial RAM file system for that.
+    #[arg(long, value_name = "PATH")]
+    initramfs: Option<PathBuf>,
     /// Take the guest even if its TSC runs at another frequency here, which it is not told of: for guests that do not tell
     /// the time by it.
     #[arg(long)]

@@ -43,6 +43,9 @@ fn accepted() {
         "ctl --api-socket a.sock settle 1 runs_there",
         "ctl --api-socket a.sock vmm-shutdown",
         "receive tcp:127.0.0.1:0 --allow-tsc-change",
+        "receive tcp:127.0.0.1:0 --kernel k --initramfs i",
+        "ctl --api-socket a.sock payload --kernel k --initramfs i",
+        "ctl --api-socket a.sock payload --trust-source",
         "ctl --api-socket a.sock snapshot /srv/s",
         "restore /srv/s",
         "restore s --verify --serial off --disk a=b --tap c=d",
@@ -95,6 +98,11 @@ fn refused() {
         (
             "--log-level loud serve --api-socket a",
             "use off, error, warn, info, debug or trace",
+        ),
+        ("ctl --api-socket a payload --initramfs i", "--kernel"),
+        (
+            "ctl --api-socket a payload --kernel k --trust-source",
+            "cannot be used",
         ),
         ("fly", "fly"),
     ];

@@ -1,7 +1,5 @@
 //! The machine as the destination of a move: built from a manifest, not running until the commit.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
@@ -13,8 +11,9 @@ use migration::{
 };
 
 use super::Event;
+use super::consent::{Ends, refuse};
 use super::instance::{BuildError, Instance, Plan};
-use crate::config::{SerialConfig, SerialMode, VmConfig};
+use crate::config::VmConfig;
 
 /// A machine on its way in.
 pub(super) struct MovingIn {
@@ -28,92 +27,15 @@ pub(super) struct MovingIn {
     events: Sender<Event>,
     instance: Option<Arc<Instance>>,
     run_state: RunState,
-}
-
-/// Where the guest's devices lead at this host.
-#[derive(Debug, Default)]
-pub(super) struct Ends {
-    pub(super) serial: Option<SerialConfig>,
-    pub(super) console: Option<SerialConfig>,
-    pub(super) vsock: Option<PathBuf>,
-    pub(super) disks: BTreeMap<String, PathBuf>,
-    pub(super) taps: BTreeMap<String, String>,
-    pub(super) trust_source: bool,
-}
-
-impl Ends {
-    /// Whoever connects must not choose which files and interfaces of this host are used, unless the operator lets it.
-    fn apply(&self, config: &mut VmConfig) -> Result<(), Refusal> {
-        let untold = |what: &str, id: &str, option: &str| {
-            let detail = format!(
-                "{what} {id} leads to a file or interface of the source's host: say where it leads at the destination ({option}), or \
-                 that the source may say it (`--trust-source`)"
-            );
-            refuse(RefusalKind::Device, detail)
-        };
-        for disk in &mut config.disks {
-            let id = disk.id.clone().unwrap_or_default();
-            match self.disks.get(&id) {
-                Some(path) => disk.path.clone_from(path),
-                None if self.trust_source => {}
-                None => return Err(untold("disk", &id, "`vmm receive --disk ID=PATH`")),
-            }
-        }
-        for net in &mut config.net {
-            let id = net.id.clone().unwrap_or_default();
-            match self.taps.get(&id) {
-                // Its addresses are this host's: who chooses them can draw the host's traffic to the guest.
-                Some(_)
-                    if !self.trust_source
-                        && (net.ip.is_some() || net.mask.is_some() || net.host_mac.is_some()) =>
-                {
-                    let detail = format!(
-                        "network interface {id} gives addresses to the host's end: say that the source may do so (`--trust-source`), or \
-                         leave `ip`, `mask` and `host_mac` out of its config and set the interface up at each host"
-                    );
-                    return Err(refuse(RefusalKind::Device, detail));
-                }
-                Some(tap) => net.tap = Some(tap.clone()),
-                None if self.trust_source => {}
-                // A new interface without a name harms nobody.
-                None if net.tap.is_none() && net.ip.is_none() => {}
-                None => {
-                    return Err(untold(
-                        "network interface",
-                        &id,
-                        "`vmm receive --tap ID=NAME`",
-                    ));
-                }
-            }
-        }
-        if let Some(vsock) = &mut config.vsock {
-            match &self.vsock {
-                Some(path) => vsock.socket.clone_from(path),
-                None if self.trust_source => {}
-                None => {
-                    return Err(untold(
-                        "vsock",
-                        &vsock.socket.display().to_string(),
-                        "`vmm receive --vsock PATH`",
-                    ));
-                }
-            }
-        }
-        if config.rng.src != crate::config::urandom() && !self.trust_source {
-            return Err(untold(
-                "the source of random numbers",
-                &config.rng.src.display().to_string(),
-                "there is no option for it",
-            ));
-        }
-        Ok(())
-    }
+    untold_boot: Option<String>,
 }
 
 /// A machine that has arrived.
 pub(crate) struct Arrived {
     pub(super) instance: Arc<Instance>,
     pub(super) run_state: RunState,
+    /// Why it cannot be booted again here, if it cannot.
+    pub(super) untold_boot: Option<String>,
 }
 
 impl MovingIn {
@@ -133,6 +55,7 @@ impl MovingIn {
             events,
             instance: None,
             run_state: RunState::Paused,
+            untold_boot: None,
         }
     }
 
@@ -142,66 +65,25 @@ impl MovingIn {
         Some(Arrived {
             instance,
             run_state: self.run_state,
+            untold_boot: self.untold_boot,
         })
     }
 
     /// The machine's config, as it is here.
-    fn config(&self, manifest: &Manifest) -> Result<VmConfig, Refusal> {
+    fn config(&mut self, manifest: &Manifest) -> Result<VmConfig, Vec<Refusal>> {
         let mut config = VmConfig::from_peer(manifest.config.as_bytes())
-            .map_err(|e| refuse(RefusalKind::Config, e.to_string()))?;
+            .map_err(|e| vec![refuse(RefusalKind::Config, e.to_string())])?;
         // Which hypervisor the source's host has says nothing about this one.
         config.hypervisor = self.hypervisor;
-        let here = [
-            (
-                "serial port",
-                "serial",
-                &mut config.serial,
-                &self.ends.serial,
-            ),
-            (
-                "console",
-                "console",
-                &mut config.console,
-                &self.ends.console,
-            ),
-        ];
-        for (what, option, end, wanted) in here {
-            match wanted {
-                // A device cannot come or go with a move, as a serial port can.
-                Some(wanted)
-                    if option == "console"
-                        && (wanted.mode == SerialMode::Off) != (end.mode == SerialMode::Off) =>
-                {
-                    let detail =
-                        "the guest has a console where none is wanted here, or the other way round"
-                            .to_owned();
-                    return Err(refuse(RefusalKind::Device, detail));
-                }
-                Some(wanted) => end.clone_from(wanted),
-                // Whoever connects must not choose which files of this host are made or written.
-                None if matches!(end.mode, SerialMode::File | SerialMode::Socket)
-                    && !self.ends.trust_source =>
-                {
-                    return Err(refuse(
-                        RefusalKind::Device,
-                        format!(
-                            "the guest's {what} leads to a file or socket of the source's host: say where it leads at the \
-                             destination (`vmm receive --{option} …`, or `{option}` in vm.receive-migration)"
-                        ),
-                    ));
-                }
-                None => {}
-            }
-        }
-        self.ends.apply(&mut config)?;
+        self.untold_boot = self.ends.apply(&mut config)?;
         if manifest.vcpus != config.cpus.boot_vcpus {
-            return Err(refuse(
+            return Err(vec![refuse(
                 RefusalKind::Config,
                 format!(
                     "the manifest has {} vCPUs but its config {}",
                     manifest.vcpus, config.cpus.boot_vcpus
                 ),
-            ));
+            )]);
         }
         Ok(config)
     }
@@ -233,10 +115,6 @@ impl MovingIn {
             refuse(kind, super::error_chain(&error))
         })
     }
-}
-
-fn refuse(kind: RefusalKind, detail: String) -> Refusal {
-    Refusal { kind, detail }
 }
 
 impl MovingIn {
@@ -271,7 +149,7 @@ impl MovingIn {
 
 impl DestinationMachine for MovingIn {
     fn reserve(&mut self, manifest: &Manifest) -> Result<Arc<GuestRam>, Vec<Refusal>> {
-        let config = self.config(manifest).map_err(|refusal| vec![refusal])?;
+        let config = self.config(manifest)?;
         let refusals = self.cpu_refusals(&config, manifest).map_err(|error| {
             vec![Refusal {
                 kind: RefusalKind::Hypervisor,
@@ -319,36 +197,6 @@ impl DestinationMachine for MovingIn {
     fn discard(&mut self) {
         if let Some(instance) = self.instance.take() {
             instance.stop();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_source_chooses_no_addresses_of_this_host() {
-        for (keys, taken) in [
-            ("", true),
-            (r#", "mtu": 1400"#, true),
-            (r#", "ip": "8.8.8.8", "mask": "128.0.0.0""#, false),
-            (r#", "host_mac": "52:54:00:12:34:56""#, false),
-        ] {
-            let json = format!(
-                r#"{{"payload": {{"kernel": "k"}}, "net": [{{"id": "nic", "tap": "theirs"{keys}}}]}}"#
-            );
-            let mut config = VmConfig::from_peer(json.as_bytes()).expect("a config");
-            let mut ends = Ends::default();
-            assert!(
-                ends.apply(&mut config).is_err(),
-                "no word of where it leads"
-            );
-            ends.taps.insert("nic".to_owned(), "tap0".to_owned());
-            assert_eq!(ends.apply(&mut config).is_ok(), taken, "{keys}");
-            ends.trust_source = true;
-            ends.apply(&mut config).expect("trusted");
-            assert_eq!(config.net[0].tap.as_deref(), Some("tap0"));
         }
     }
 }

@@ -33,7 +33,7 @@ fn no_device(id: &str) -> ServiceError {
 }
 
 /// States in which a machine's devices can change.
-const CHANGEABLE: [VmState; 4] = [
+pub(super) const CHANGEABLE: [VmState; 4] = [
     VmState::Created,
     VmState::Shutdown,
     VmState::Running,
@@ -193,7 +193,8 @@ impl Owner {
     }
 }
 
-fn set_config(vm: &mut Vm, config: VmConfig) {
+/// Gives a machine this config, as the next host or boot sees it.
+pub(super) fn set_config(vm: &mut Vm, config: VmConfig) {
     if let Some(instance) = &vm.instance {
         instance.set_config(config.clone());
     }

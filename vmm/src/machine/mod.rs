@@ -21,6 +21,7 @@
 //! - A machine in doubt is never run, deleted or forgotten until an operator settles it.
 
 mod bus;
+mod consent;
 mod demand;
 mod destination;
 mod devices;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use migration::{Listener, MoveControl, MoveUrl, RunState, SendOptions, SourceOutcome};
 
-use super::destination::{Ends, MovingIn};
+use super::destination::MovingIn;
 use super::owner::{Moving, Owner, Vm};
 use super::source::MovingOut;
 use super::{Event, ExitReason, ReceiveFailure, error_chain};
@@ -236,14 +236,7 @@ impl Owner {
                     number,
                     hypervisor,
                     request.allow_tsc_change,
-                    Ends {
-                        serial: request.serial,
-                        console: request.console,
-                        vsock: request.vsock,
-                        disks: request.disks,
-                        taps: request.taps,
-                        trust_source: request.trust_source,
-                    },
+                    request.into(),
                     events.clone(),
                 );
                 let options = migration::ReceiveOptions::default();

@@ -8,18 +8,23 @@ use hypervisor::HypervisorKind;
 use migration::{CpuContract, MoveControl};
 
 use super::demand::Demand;
+use super::hotplug::{CHANGEABLE, set_config};
 use super::instance::{Instance, Plan};
 use super::source::MovingOut;
 use super::{Event, ExitReason, GuestEnd, error_chain};
 use crate::config::VmConfig;
 use crate::job::{JobId, JobKind, Jobs};
-use crate::service::{ErrorKind, Reply, ReplyTo, Request, Response, ServiceError, VmInfo, VmState};
+use crate::service::{
+    ErrorKind, Reply, ReplyTo, Request, Response, ServiceError, SetPayload, VmInfo, VmState,
+};
 
 /// A machine: its config, and what runs it if it has been built.
 pub(super) struct Vm {
     pub(super) config: VmConfig,
     /// What the guest was told of its processor when it was first built, here or elsewhere: a reboot changes nothing of it.
     pub(super) contract: Option<CpuContract>,
+    /// Why it must not be booted again: nobody at this host has named what it boots from.
+    pub(super) untold_boot: Option<String>,
     pub(super) state: VmState,
     pub(super) instance: Option<Arc<Instance>>,
 }
@@ -118,11 +123,12 @@ impl Owner {
             Request::AddDisk(disk) => self.add_disk(*disk),
             Request::AddNet(net) => self.add_net(*net),
             Request::RemoveDevice(device) => self.remove_device(&device.id),
+            Request::Payload(wanted) => self.payload(*wanted),
             Request::Resize(wanted) => self.resize(wanted),
             Request::ResizeDisk(wanted) => self.resize_disk(&wanted),
             Request::Delete => self.delete(),
             Request::Send(send) => self.send(&send),
-            Request::Receive(receive) => self.receive(receive),
+            Request::Receive(receive) => self.receive(*receive),
             Request::Snapshot(snapshot) => self.snapshot(&snapshot),
             Request::Restore(restore) => self.restore(*restore),
             Request::Jobs => Ok(Response::Jobs(self.jobs.list())),
@@ -209,6 +215,7 @@ impl Owner {
         self.vm = Some(Vm {
             config,
             contract: None,
+            untold_boot: None,
             state: VmState::Created,
             instance: None,
         });
@@ -220,8 +227,41 @@ impl Owner {
         self.start()
     }
 
+    /// Refuses while a kernel that only another host has named would be read.
+    fn bootable(&mut self) -> Result<(), ServiceError> {
+        match &self.vm()?.untold_boot {
+            None => Ok(()),
+            Some(why) => Err(ServiceError::wrong_state(format!(
+                "the VM cannot be booted again: {why}"
+            ))),
+        }
+    }
+
+    /// Takes the operator's word for what the VM boots from.
+    fn payload(&mut self, wanted: SetPayload) -> Reply {
+        let vm = self.vm_in(&CHANGEABLE, "change the payload of")?;
+        let mut config = vm.config.clone();
+        match (wanted.kernel, wanted.initramfs, wanted.trust_source) {
+            (Some(kernel), initramfs, false) => {
+                config.payload.kernel = Some(kernel);
+                config.payload.initramfs = initramfs;
+            }
+            (None, None, true) => {}
+            _ => {
+                return Err(ServiceError::new(
+                    ErrorKind::BadRequest,
+                    "name the kernel, and the initramfs if there is one, or say trust_source and neither",
+                ));
+            }
+        }
+        set_config(vm, config);
+        vm.untold_boot = None;
+        Ok(Response::Done)
+    }
+
     /// Builds the machine from its config and lets it run.
     fn start(&mut self) -> Reply {
+        self.bootable()?;
         self.machines += 1;
         let (number, events) = (self.machines, self.events.clone());
         let vm = self.vm()?;
@@ -268,6 +308,7 @@ impl Owner {
             state: vm.state,
             hypervisor: vm.instance.as_ref().map(|i| i.hypervisor_name().to_owned()),
             config,
+            bootable: vm.untold_boot.is_none(),
         })))
     }
 
@@ -325,6 +366,7 @@ impl Owner {
     }
 
     fn restart(&mut self) -> Reply {
+        self.bootable()?;
         self.stop_instance();
         self.start()
     }
@@ -411,6 +453,10 @@ impl Owner {
             Demand::Reset => {
                 if let Err(error) = self.restart() {
                     tracing::error!(%error, "the guest asked for a reset but could not be started again");
+                    self.stop_instance();
+                    if let Some(vm) = &mut self.vm {
+                        vm.state = VmState::Shutdown;
+                    }
                     self.guest_ended(ExitReason::Fault(error.message));
                 }
             }

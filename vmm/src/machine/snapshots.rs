@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use migration::{MoveControl, RunState};
 
-use super::destination::{Arrived, Ends, MovingIn};
+use super::destination::{Arrived, MovingIn};
 use super::instance::Instance;
 use super::owner::{Owner, Vm};
 use super::{Event, RestoreFailure, SnapshotFailure, error_chain};
@@ -79,7 +79,7 @@ impl Owner {
         self.no_vm()?;
         let (loading, resume) = (request.loading(), request.resume);
         let control = Arc::new(MoveControl::new());
-        let url = request.source_url;
+        let url = request.source_url.clone();
         let job = self.jobs.start(JobKind::Restore, url, Arc::clone(&control));
         self.machines += 1;
         let number = self.machines;
@@ -87,15 +87,7 @@ impl Owner {
             number,
             request.hypervisor.or(self.hypervisor),
             request.allow_tsc_change,
-            Ends {
-                serial: request.serial,
-                console: request.console,
-                vsock: request.vsock,
-                disks: request.disks,
-                taps: request.taps,
-                // Who names the snapshot is the operator of this host, as for a config.
-                trust_source: true,
-            },
+            request.into(),
             self.events.clone(),
         );
         let (events, worker_control) = (self.events.clone(), Arc::clone(&control));
@@ -178,7 +170,11 @@ impl Owner {
 impl Vm {
     /// A machine that came from elsewhere.
     pub(super) fn arrived(arrived: Arrived) -> Self {
+        if let Some(why) = &arrived.untold_boot {
+            tracing::warn!("the guest that has arrived cannot be booted again: {why}");
+        }
         Self {
+            untold_boot: arrived.untold_boot,
             config: arrived.instance.config(),
             contract: Some(arrived.instance.contract().clone()),
             state: match arrived.run_state {

@@ -79,7 +79,7 @@ fn unlike_hosts() -> Result<()> {
                for i in 1 2 3 4 5; do
                    await listening-$i
                    move_away $here tcp:$PEER:4600
-                   receive back$i tcp:0.0.0.0:4600
+                   receive back$i tcp:0.0.0.0:4600 --trust-source
                    signal back-$i
                    arrived back$i
                    here=back$i

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::boot::{LIMIT, memory_guest};
 use crate::matrix::guest_trials;
-use crate::moves::expect_ok;
+use crate::moves::{expect_ok, move_guest_with};
 
 pub(crate) fn trials() -> Vec<Trial> {
     [
@@ -18,6 +18,16 @@ pub(crate) fn trials() -> Vec<Trial> {
             &Hosts::ALIKE,
             "devices::a_source_chooses_no_file_of_the_destination",
             untold,
+        ),
+        guest_trials(
+            &Hosts::ALIKE,
+            "devices::a_source_chooses_no_kernel_of_the_destination",
+            resets,
+        ),
+        guest_trials(
+            &Hosts::ALIKE,
+            "devices::a_source_takes_no_terminal_of_the_destination",
+            terminals,
         ),
         guest_trials(
             &Hosts::ALIKE,
@@ -134,6 +144,118 @@ fn untold(folder: &Folder) -> Result<()> {
     destination.api().wait_job(arriving, LIMIT)?;
     let info = destination.api().get("vm.info")?;
     ensure!(info["config"]["vsock"]["socket"] == json!(here), "{info}");
+    expect_ok(&mut destination.console()?)
+}
+
+/// Moves a guest and has it reset itself there.
+fn moved_and_reset(source: &Vmm, destination: &Vmm, config: Value, told: Value) -> Result<()> {
+    source.boot(config)?;
+    source.console()?.line("memory: ready", LIMIT)?;
+    move_guest_with(source, destination, "tcp:127.0.0.1:0", told)?;
+    source.api().put("vm.delete", &Value::Null)?;
+    let mut console = destination.console()?;
+    expect_ok(&mut console)?;
+    console.send(&[guests::ASK_RESET])?;
+    while console.line("memory:", LIMIT).is_ok() {}
+    Ok(())
+}
+
+/// A guest that resets itself after a move is booted from what was named here, or stays off.
+fn resets(folder: &Folder) -> Result<()> {
+    let config = memory_guest(folder, 64, 1, "working_set_mib=16 rate=20000")?;
+    let there = folder.write("there.elf", guests::MEMORY)?;
+    let (source, destination) = (
+        Vmm::serve(folder, "source")?,
+        Vmm::serve(folder, "destination")?,
+    );
+    let bootable =
+        || -> Result<Value> { Ok(destination.api().get("vm.info")?["bootable"].clone()) };
+    // Nothing is said.
+    moved_and_reset(&source, &destination, config.clone(), json!({}))?;
+    destination.api().wait_state("Shutdown", LIMIT)?;
+    ensure!(bootable()? == json!(false));
+    for word in ["cannot be booted again", "kernel", "vm.payload"] {
+        ensure!(destination.log().contains(word), "{}", destination.log());
+    }
+    let refused = destination.api().request("PUT", "vm.boot", &Value::Null)?;
+    ensure!(
+        refused.status == 409 && refused.message().contains("vm.payload"),
+        "{}",
+        refused.body
+    );
+    for bad in [
+        json!({}),
+        json!({"initramfs": there}),
+        json!({"kernel": there, "trust_source": true}),
+    ] {
+        let answer = destination.api().request("PUT", "vm.payload", &bad)?;
+        ensure!(answer.status == 400, "{bad}: {}", answer.body);
+    }
+    destination
+        .api()
+        .put("vm.payload", &json!({"kernel": there}))?;
+    ensure!(bootable()? == json!(true));
+    destination.api().put("vm.boot", &Value::Null)?;
+    destination.console()?.line("memory: ready", LIMIT)?;
+    destination.api().put("vm.delete", &Value::Null)?;
+    // An operator's reboot is refused too, and the guest runs on.
+    source.boot(config.clone())?;
+    source.console()?.line("memory: ready", LIMIT)?;
+    move_guest_with(&source, &destination, "tcp:127.0.0.1:0", json!({}))?;
+    source.api().put("vm.delete", &Value::Null)?;
+    let refused = destination
+        .api()
+        .request("PUT", "vm.reboot", &Value::Null)?;
+    ensure!(refused.status == 409, "{}", refused.body);
+    expect_ok(&mut destination.console()?)?;
+    destination.api().put("vm.delete", &Value::Null)?;
+    // Another file is named, and the source may name one.
+    for told in [json!({"kernel": there}), json!({"trust_source": true})] {
+        moved_and_reset(&source, &destination, config.clone(), told)?;
+        let verdict = destination.console()?.verdict()?;
+        ensure!(verdict.ends_with("ok"), "{verdict}");
+        ensure!(bootable()? == json!(true));
+        destination.api().put("vm.delete", &Value::Null)?;
+    }
+    // What is named must be there.
+    source.boot(config)?;
+    source.console()?.line("memory: ready", LIMIT)?;
+    let (arriving, url) =
+        destination.receive_with("tcp:127.0.0.1:0", json!({"kernel": "/nowhere/vmlinuz"}))?;
+    let job = send(&source, &url)?;
+    ensure!(
+        job["status"] == "failed"
+            && job["phase"] == "reserve"
+            && job["error"]["message"]
+                .as_str()
+                .is_some_and(|message| message.contains("/nowhere/vmlinuz")),
+        "{job}"
+    );
+    destination.api().wait_job(arriving, LIMIT)?;
+    expect_ok(&mut source.console()?)
+}
+
+/// A guest whose console leads to the terminal of its process.
+fn terminals(folder: &Folder) -> Result<()> {
+    let mut config = memory_guest(folder, 64, 1, "working_set_mib=16 rate=20000")?;
+    config["console"] = json!({"mode": "Tty"});
+    let (source, destination) = (
+        Vmm::serve(folder, "source")?,
+        Vmm::serve(folder, "destination")?,
+    );
+    source.boot(config)?;
+    source.console()?.line("memory: ready", LIMIT)?;
+    let (arriving, url) = destination.receive("tcp:127.0.0.1:0")?;
+    let job = send(&source, &url)?;
+    let message = job["error"]["message"].as_str().unwrap_or_default();
+    ensure!(
+        job["phase"] == "reserve" && message.contains("--console"),
+        "{job}"
+    );
+    destination.api().wait_job(arriving, LIMIT)?;
+    expect_ok(&mut source.console()?)?;
+    let told = json!({"console": {"mode": "Null"}});
+    move_guest_with(&source, &destination, "tcp:127.0.0.1:0", told)?;
     expect_ok(&mut destination.console()?)
 }
 

@@ -238,6 +238,7 @@ fn info_and_counters_are_json() {
                     .expect("valid"),
                 state: VmState::Running,
                 memory_actual_size: 512 << 20,
+                bootable: true,
                 hypervisor: None,
             })),
             _ => Response::Counters(BTreeMap::from([(
