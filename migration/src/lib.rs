@@ -52,8 +52,8 @@ pub use destination::receive;
 pub use error::{Cause, ReceiveError, SendError, SourceOutcome};
 pub use listener::{BindError, Listener};
 pub use machine::{
-    CpuContract, DestinationMachine, DeviceState, MachineError, MachineState, Manifest, Refusal,
-    RefusalKind, RunState, SourceMachine,
+    AcceptedFeatures, CpuContract, DestinationMachine, DeviceState, MachineError, MachineState,
+    Manifest, Refusal, RefusalKind, RunState, SourceMachine,
 };
 pub use options::{ReceiveOptions, ReceiveReport, SendOptions, SendReport, TimeoutStrategy};
 pub use phase::Phase;

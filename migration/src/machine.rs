@@ -28,9 +28,21 @@ pub struct Manifest {
     pub memory: Vec<RamRange>,
     /// What the guest was told about its processor.
     pub cpu: CpuContract,
+    /// What the guest's drivers have accepted of their devices so far: a destination whose devices lack some of it says so.
+    #[serde(default, deserialize_with = "bounded::list::<_, _, 4096>")]
+    pub accepted: Vec<AcceptedFeatures>,
     /// When this was sent, by the source's CLOCK_REALTIME in nanoseconds since 1970.
     #[serde(default)]
     pub sent_ns: Option<u64>,
+}
+
+/// What a driver has accepted of its device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceptedFeatures {
+    /// Which device of the machine, as in [`DeviceState`].
+    pub id: String,
+    /// Feature bits, of the transport as well.
+    pub features: u64,
 }
 
 /// Everything but memory.

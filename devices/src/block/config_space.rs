@@ -13,6 +13,22 @@ pub(super) const MQ: u64 = 1 << 12;
 pub(super) const DISCARD: u64 = 1 << 13;
 pub(super) const WRITE_ZEROES: u64 = 1 << 14;
 
+/// What the specification calls a bit.
+pub(super) fn feature_name(bit: u32) -> Option<&'static str> {
+    let name = match 1_u64.checked_shl(bit)? {
+        SEG_MAX => "VIRTIO_BLK_F_SEG_MAX",
+        RO => "VIRTIO_BLK_F_RO",
+        BLK_SIZE => "VIRTIO_BLK_F_BLK_SIZE",
+        FLUSH => "VIRTIO_BLK_F_FLUSH",
+        TOPOLOGY => "VIRTIO_BLK_F_TOPOLOGY",
+        MQ => "VIRTIO_BLK_F_MQ",
+        DISCARD => "VIRTIO_BLK_F_DISCARD",
+        WRITE_ZEROES => "VIRTIO_BLK_F_WRITE_ZEROES",
+        _ => return None,
+    };
+    Some(name)
+}
+
 /// Sectors of one discard or write-zeroes request, 2 GiB: the host's time for one stays bounded.
 pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 22;
 

@@ -217,6 +217,10 @@ impl VirtioDevice for Block {
         config_space::features(&self.shared.disk, &self.config)
     }
 
+    fn feature_name(&self, bit: u32) -> Option<&'static str> {
+        config_space::feature_name(bit)
+    }
+
     fn queue_sizes(&self) -> Vec<u16> {
         vec![self.config.queue_size; self.config.num_queues.into()]
     }

@@ -77,6 +77,7 @@ enum Running {
 /// A virtio network device. Queues: rx0, tx0, rx1, tx1, …, control.
 pub struct Net {
     config: NetConfig,
+    interface: Option<String>,
     features: u64,
     shared: Arc<Shared>,
     running: Mutex<BTreeMap<u16, Running>>,
@@ -86,11 +87,14 @@ impl Net {
     /// A device on the queues of one interface, one a queue pair.
     pub fn new(config: NetConfig, taps: Vec<Tap>) -> Result<Self, NetError> {
         let offloads = taps.first().map(Tap::offloads).unwrap_or_default();
+        let interface = taps.first().map(|tap| tap.name().to_owned());
         let ports = taps
             .into_iter()
             .map(|tap| Box::new(tap) as Box<dyn Port>)
             .collect();
-        Self::on_ports(config, ports, offloads)
+        let mut net = Self::on_ports(config, ports, offloads)?;
+        net.interface = interface;
+        Ok(net)
     }
 
     pub(super) fn on_ports(
@@ -112,8 +116,14 @@ impl Net {
             features: features::offered(offloads, config.mtu.is_some(), ports.len() > 1),
             shared: Arc::new(Shared::new(ports, config.mac)?),
             config,
+            interface: None,
             running: Mutex::default(),
         })
+    }
+
+    /// The name of its interface, if it has one.
+    pub fn interface(&self) -> Option<&str> {
+        self.interface.as_deref()
     }
 
     /// The address that the guest uses.
@@ -180,6 +190,10 @@ impl VirtioDevice for Net {
 
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn feature_name(&self, bit: u32) -> Option<&'static str> {
+        features::name(bit)
     }
 
     fn queue_sizes(&self) -> Vec<u16> {

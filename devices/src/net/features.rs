@@ -62,6 +62,40 @@ pub(super) fn offered(offloads: TapOffloads, mtu: bool, several_pairs: bool) -> 
     features
 }
 
+/// What the specification calls a bit.
+pub(super) fn name(bit: u32) -> Option<&'static str> {
+    const NAMES: [(u64, &str); 23] = [
+        (CSUM, "VIRTIO_NET_F_CSUM"),
+        (GUEST_CSUM, "VIRTIO_NET_F_GUEST_CSUM"),
+        (CTRL_GUEST_OFFLOADS, "VIRTIO_NET_F_CTRL_GUEST_OFFLOADS"),
+        (MTU, "VIRTIO_NET_F_MTU"),
+        (MAC, "VIRTIO_NET_F_MAC"),
+        (GUEST_TSO4, "VIRTIO_NET_F_GUEST_TSO4"),
+        (GUEST_TSO6, "VIRTIO_NET_F_GUEST_TSO6"),
+        (GUEST_ECN, "VIRTIO_NET_F_GUEST_ECN"),
+        (GUEST_UFO, "VIRTIO_NET_F_GUEST_UFO"),
+        (HOST_TSO4, "VIRTIO_NET_F_HOST_TSO4"),
+        (HOST_TSO6, "VIRTIO_NET_F_HOST_TSO6"),
+        (HOST_ECN, "VIRTIO_NET_F_HOST_ECN"),
+        (HOST_UFO, "VIRTIO_NET_F_HOST_UFO"),
+        (MRG_RXBUF, "VIRTIO_NET_F_MRG_RXBUF"),
+        (STATUS, "VIRTIO_NET_F_STATUS"),
+        (CTRL_VQ, "VIRTIO_NET_F_CTRL_VQ"),
+        (CTRL_RX, "VIRTIO_NET_F_CTRL_RX"),
+        (GUEST_ANNOUNCE, "VIRTIO_NET_F_GUEST_ANNOUNCE"),
+        (MQ, "VIRTIO_NET_F_MQ"),
+        (CTRL_MAC_ADDR, "VIRTIO_NET_F_CTRL_MAC_ADDR"),
+        (GUEST_USO4, "VIRTIO_NET_F_GUEST_USO4"),
+        (GUEST_USO6, "VIRTIO_NET_F_GUEST_USO6"),
+        (HOST_USO, "VIRTIO_NET_F_HOST_USO"),
+    ];
+    let wanted = 1_u64.checked_shl(bit)?;
+    NAMES
+        .iter()
+        .find(|(each, _)| *each == wanted)
+        .map(|(_, name)| *name)
+}
+
 /// Whether packets larger than the MTU may come in.
 pub(super) fn large_packets(guest_offloads: u64) -> bool {
     guest_offloads & LARGE != 0

@@ -54,6 +54,11 @@ pub trait VirtioDevice: Send + Sync {
     fn device_type(&self) -> DeviceType;
     /// Features of this device type that it offers: bits 0 to 23 and 50 to 127, of which only the first 64 exist.
     fn features(&self) -> u64;
+    /// What the specification calls a feature of this device type, by the number of its bit, for messages.
+    fn feature_name(&self, bit: u32) -> Option<&'static str> {
+        let _ = bit;
+        None
+    }
     /// The largest size of each queue, each a power of two.
     fn queue_sizes(&self) -> Vec<u16>;
     /// Fills `data` from its configuration space; beyond its end with zeros.

@@ -162,6 +162,14 @@ impl DestinationMachine for MovingIn {
         let instance = self
             .build(config, manifest)
             .map_err(|refusal| vec![refusal])?;
+        let lacking = instance.lacking(&manifest.accepted);
+        if !lacking.is_empty() {
+            instance.stop();
+            return Err(lacking
+                .into_iter()
+                .map(|reason| refuse(RefusalKind::Device, reason))
+                .collect());
+        }
         let instance = Arc::new(instance);
         let ram = Arc::clone(instance.ram());
         self.instance = Some(instance);
@@ -198,5 +206,57 @@ impl DestinationMachine for MovingIn {
         if let Some(instance) = self.instance.take() {
             instance.stop();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use migration::AcceptedFeatures;
+
+    use super::*;
+
+    /// On the host's own hypervisor: what a driver uses and the device here does not offer is a reason at once, not at the restore.
+    #[test]
+    fn what_a_driver_uses_and_a_device_lacks_is_a_reason() {
+        let json = br#"{"payload": {"kernel": "k"}, "memory": {"size": 16777216}, "vsock": {"cid": 3, "socket": "SOCKET"}}"#;
+        let folder = tempfile::tempdir().expect("a directory");
+        let socket = folder.path().join("vsock");
+        let json = String::from_utf8_lossy(json).replace("SOCKET", &socket.to_string_lossy());
+        let config = VmConfig::from_json(json.as_bytes()).expect("a config");
+        let (events, _inbox) = mpsc::channel();
+        let source = Instance::build(Plan::new(config, None), 1, &events).expect("a hypervisor");
+        let mut manifest = source.manifest().expect("a config");
+        source.stop();
+        drop(source);
+        assert_eq!(manifest.accepted, [], "no driver has run");
+        let ends = || Ends {
+            trust_source: true,
+            ..Ends::default()
+        };
+        let mut reserve = |id: &str, features| {
+            manifest.accepted = vec![AcceptedFeatures {
+                id: id.to_owned(),
+                features,
+            }];
+            let mut machine = MovingIn::new(2, None, false, ends(), events.clone());
+            let result = machine.reserve(&manifest).map(drop);
+            machine.discard();
+            result
+        };
+        // Version 1 and streams.
+        assert_eq!(reserve("vsock", 1 << 32 | 1), Ok(()));
+        let reasons = reserve("vsock", 1 << 32 | 1 << 1).expect_err("no such feature");
+        assert_eq!(reasons.len(), 1, "{reasons:?}");
+        assert_eq!(reasons[0].kind, RefusalKind::Device);
+        for word in ["vsock", "feature bit 1,", "does not offer"] {
+            assert!(reasons[0].detail.contains(word), "{reasons:?}");
+        }
+        assert_eq!(
+            reserve("vsock", 0),
+            Ok(()),
+            "nothing is left of the refused one"
+        );
     }
 }

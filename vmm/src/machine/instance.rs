@@ -25,7 +25,7 @@ use arch::x86_64::topology::{Topology, TopologyError};
 use devices::block::DiskError;
 use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vcpu, Vm, VmOptions};
 use memory::{GuestRam, RamRange};
-use migration::{CpuContract, DeviceState, MachineState, Manifest, RunState};
+use migration::{AcceptedFeatures, CpuContract, DeviceState, MachineState, Manifest, RunState};
 
 use super::Event;
 use super::bus::{IrqSink, MachineBus};
@@ -558,8 +558,14 @@ impl Instance {
                 .map(|region| region.range())
                 .collect(),
             cpu: self.contract.clone(),
+            accepted: self.devices.pci().accepted(),
             sent_ns: None,
         })
+    }
+
+    /// What its devices lack of what drivers have accepted elsewhere.
+    pub(super) fn lacking(&self, accepted: &[AcceptedFeatures]) -> Vec<String> {
+        self.devices.pci().lacking(accepted)
     }
 
     /// Saves everything but RAM. The machine is paused.

@@ -25,6 +25,7 @@ use devices::vsock::Vsock;
 use devices::{AcpiPower, Bus, Console, MsiSink};
 use hypervisor::{IoEventAddress, IoEventMatch, Vm};
 use memory::GuestRam;
+use migration::AcceptedFeatures;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::demand::Demands;
@@ -302,6 +303,39 @@ impl PciSet {
 
     pub(super) fn functions(&self) -> Vec<Function> {
         self.functions.lock().clone()
+    }
+
+    /// What the drivers have accepted of each device.
+    pub(super) fn accepted(&self) -> Vec<AcceptedFeatures> {
+        let functions = self.functions().into_iter();
+        functions
+            .map(|function| AcceptedFeatures {
+                features: function.transport.accepted(),
+                id: function.id,
+            })
+            .filter(|accepted| accepted.features != 0)
+            .collect()
+    }
+
+    /// What these devices lack of what drivers have accepted elsewhere, one reason a device. A device that is not here is none of this
+    /// method's business.
+    pub(super) fn lacking(&self, accepted: &[AcceptedFeatures]) -> Vec<String> {
+        let reason = |wanted: &AcceptedFeatures| {
+            let function = self.find(&wanted.id)?;
+            let missing = function.transport.lacking(wanted.features);
+            let place = match &function.device {
+                Device::Net(net) => net.interface().unwrap_or("its interface"),
+                _ => "it",
+            };
+            (!missing.is_empty()).then(|| {
+                format!(
+                    "device {}: the guest's driver uses {}, which {place} does not offer at this host",
+                    wanted.id,
+                    missing.join(", ")
+                )
+            })
+        };
+        accepted.iter().filter_map(reason).collect()
     }
 
     pub(super) fn pause(&self) {

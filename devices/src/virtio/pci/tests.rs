@@ -234,6 +234,39 @@ fn a_driver_sets_it_up_and_is_interrupted() {
 }
 
 #[test]
+fn what_a_driver_has_accepted_is_known_once_it_is_settled() {
+    let machine = Machine::new();
+    assert_eq!(machine.function.accepted(), 0);
+    machine.set_up(VERSION_1 | 1);
+    assert_eq!(machine.function.accepted(), VERSION_1 | 1);
+    assert!(machine.function.lacking(VERSION_1 | 1).is_empty());
+    assert_eq!(
+        machine.function.lacking(VERSION_1 | 1 << 5 | 1 << 54),
+        ["feature bit 5", "feature bit 54"]
+    );
+    machine.write(0x14, &[0]);
+    assert_eq!(machine.function.accepted(), 0);
+}
+
+#[test]
+fn a_network_device_names_what_its_interface_does_not_take() {
+    let net = crate::net::testing::unconnected();
+    let driver = Driver::new(0);
+    let function = VirtioPci::new(
+        Arc::new(net),
+        driver.memory().clone(),
+        Arc::new(Sent::default()),
+        Arc::new(Events::default()),
+    )
+    .expect("a function");
+    let accepted = VERSION_1 | 1 << 0 | 1 << 3 | 1 << 22 | 1 << 50;
+    assert_eq!(
+        function.lacking(accepted),
+        ["VIRTIO_NET_F_MTU", "VIRTIO_NET_F_MQ", "feature bit 50"]
+    );
+}
+
+#[test]
 fn features_that_are_not_offered_are_refused() {
     let machine = Machine::new();
     machine.set_up(VERSION_1 | 1 << 20);

@@ -165,6 +165,26 @@ impl VirtioPci {
         inner.config.write(4, &[0, 0]);
     }
 
+    /// The features that the driver has settled on, or none before it has.
+    pub fn accepted(&self) -> u64 {
+        let inner = self.lock();
+        match inner.status & FEATURES_OK {
+            0 => 0,
+            _ => inner.driver_features,
+        }
+    }
+
+    /// What is missing here of features that a driver has accepted elsewhere, by name.
+    pub fn lacking(&self, accepted: u64) -> Vec<String> {
+        let missing = accepted & !self.offered();
+        let bits = (0..u64::BITS).filter(|bit| missing >> bit & 1 != 0);
+        bits.map(|bit| match self.device.feature_name(bit) {
+            Some(name) => name.to_owned(),
+            None => format!("feature bit {bit}"),
+        })
+        .collect()
+    }
+
     pub(super) fn name(&self) -> &'static str {
         self.device.device_type().name
     }
@@ -494,9 +514,10 @@ impl Persist for VirtioPci {
             0 => 0,
             _ => state.driver_features,
         };
-        let missing = accepted & !self.offered();
-        if missing != 0 {
-            let reason = format!("the driver uses {missing:#x}, which this device does not offer");
+        let missing = self.lacking(accepted);
+        if !missing.is_empty() {
+            let missing = missing.join(", ");
+            let reason = format!("the driver uses {missing}, which this device does not offer");
             return Err(wrong("driver_features", reason));
         }
         let vectors = self.interrupt.msix.vectors();
