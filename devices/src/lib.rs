@@ -40,6 +40,7 @@ pub mod rate_limiter;
 pub mod rng;
 pub mod serial;
 pub mod state;
+pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;
 

@@ -7,7 +7,7 @@ use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::fs::{FallocateFlags, MemfdFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 
@@ -318,10 +318,14 @@ impl Drop for Mapping {
 }
 
 fn memfd(len: u64, flags: MemfdFlags) -> Result<OwnedFd, Error> {
-    let file = rustix::fs::memfd_create(c"guest-ram", flags)
+    let file = rustix::fs::memfd_create(c"guest-ram", flags | MemfdFlags::ALLOW_SEALING)
         .map_err(|error| Error::system("making a memfd for guest memory", error))?;
     rustix::fs::ftruncate(&file, len)
         .map_err(|error| Error::system("sizing the memfd for guest memory", error))?;
+    // Whoever is given it could cut it otherwise, and end this process at the next access.
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&file, seals)
+        .map_err(|error| Error::system("sealing the memfd for guest memory", error))?;
     Ok(file)
 }
 

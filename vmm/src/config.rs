@@ -15,11 +15,13 @@ use memory::{Backing, PAGE_SIZE};
 
 mod absent;
 mod devices;
+mod vhost;
 
 pub use devices::{
     BalloonConfig, DiskConfig, NetConfig, RateLimiterConfig, RngConfig, TokenBucketConfig,
     VsockConfig, urandom,
 };
+pub use vhost::{FsConfig, VhostMode};
 
 /// A configuration that cannot be used: which field, why, and what to do.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -91,6 +93,13 @@ pub struct VmConfig {
         deserialize_with = "null_is_default"
     )]
     pub net: Vec<NetConfig>,
+    /// File systems of the host.
+    #[serde(
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "null_is_default"
+    )]
+    pub fs: Vec<FsConfig>,
     /// Which hypervisor; the host's own by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<HypervisorKind>,
@@ -433,6 +442,7 @@ impl VmConfig {
         self.serial.validate(&SERIAL)?;
         self.console.validate(&CONSOLE)?;
         self.validate_devices()?;
+        self.validate_vhost()?;
         if self.console.mode == SerialMode::Tty && self.serial.mode == SerialMode::Tty {
             return Err(field(
                 "console.mode",

@@ -11,7 +11,7 @@ use hypervisor::HypervisorKind;
 use migration::snapshot::Loading;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DiskConfig, NetConfig, SerialConfig, VmConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, SerialConfig, VmConfig};
 use crate::job::{JobId, JobInfo};
 
 /// A request to the machine's thread.
@@ -41,6 +41,8 @@ pub enum Request {
     AddDisk(Box<DiskConfig>),
     /// Add a network interface.
     AddNet(Box<NetConfig>),
+    /// Add a file system.
+    AddFs(Box<FsConfig>),
     /// Take a device away, once the guest lets it go.
     RemoveDevice(RemoveDevice),
     /// Say what it boots from.
@@ -126,7 +128,7 @@ pub struct VmInfo {
     pub hypervisor: Option<String>,
 }
 
-/// What `vm.add-disk` and `vm.add-net` answer.
+/// What `vm.add-disk`, `vm.add-net` and `vm.add-fs` answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceInfo {
     /// Its name in the machine.
@@ -260,6 +262,9 @@ pub struct ReceiveMigration {
     /// TAPs of its network interfaces here, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub taps: BTreeMap<String, String>,
+    /// Sockets of the vhost-user back ends of its devices here, by the devices' ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub vhost: BTreeMap<String, PathBuf>,
     /// The kernel that it boots when it resets itself here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
@@ -313,6 +318,9 @@ pub struct RestoreRequest {
     /// TAPs of its network interfaces, by their ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub taps: BTreeMap<String, String>,
+    /// Sockets of the vhost-user back ends of its devices, by the devices' ids.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub vhost: BTreeMap<String, PathBuf>,
     /// The kernel that it boots when it resets itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,

@@ -163,20 +163,21 @@ impl Net {
         let several = self.shared.choices().accepted & MQ != 0;
         2 * if several { self.shared.pairs() } else { 1 }
     }
+}
 
-    fn space(&self) -> [u8; 12] {
-        let (mac, announce) = {
-            let choices = self.shared.choices();
-            (choices.mac, choices.announce)
-        };
-        let status = LINK_UP | if announce { ANNOUNCE } else { 0 };
-        let mut space = [0; 12];
-        space[..6].copy_from_slice(&mac.octets());
-        space[6..8].copy_from_slice(&status.to_le_bytes());
-        space[8..10].copy_from_slice(&self.shared.pairs().to_le_bytes());
-        space[10..].copy_from_slice(&self.config.mtu.unwrap_or(0).to_le_bytes());
-        space
-    }
+/// The configuration space (section 5.1.4), up to the MTU.
+pub(super) fn space(shared: &Shared, mtu: Option<u16>) -> [u8; 12] {
+    let (mac, announce) = {
+        let choices = shared.choices();
+        (choices.mac, choices.announce)
+    };
+    let status = LINK_UP | if announce { ANNOUNCE } else { 0 };
+    let mut space = [0; 12];
+    space[..6].copy_from_slice(&mac.octets());
+    space[6..8].copy_from_slice(&status.to_le_bytes());
+    space[8..10].copy_from_slice(&shared.pairs().to_le_bytes());
+    space[10..].copy_from_slice(&mtu.unwrap_or(0).to_le_bytes());
+    space
 }
 
 impl VirtioDevice for Net {
@@ -203,7 +204,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_space(&self.space(), offset, data);
+        read_space(&space(&self.shared, self.config.mtu), offset, data);
     }
 
     fn set_features(&self, accepted: u64) {

@@ -31,6 +31,33 @@ const LARGE: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO | GUEST_USO4 | GUEST_USO6
 /// What a driver may switch by VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET.
 pub(super) const GUEST_OFFLOADS: u64 = LARGE | GUEST_CSUM | GUEST_ECN;
 
+/// What whoever moves the packets must be able to do: offloads, and packets over several buffers.
+pub(crate) const OFFLOADS: u64 = CSUM
+    | GUEST_CSUM
+    | GUEST_TSO4
+    | GUEST_TSO6
+    | GUEST_ECN
+    | GUEST_UFO
+    | HOST_TSO4
+    | HOST_TSO6
+    | HOST_ECN
+    | HOST_UFO
+    | MRG_RXBUF
+    | GUEST_USO4
+    | GUEST_USO6
+    | HOST_USO;
+
+/// What a device offers whoever moves its packets.
+pub(super) fn of_control(mtu: bool, several_pairs: bool) -> u64 {
+    let mut features = MAC | STATUS | CTRL_VQ | CTRL_RX | GUEST_ANNOUNCE | CTRL_MAC_ADDR;
+    for (has, bits) in [(mtu, MTU), (several_pairs, MQ)] {
+        if has {
+            features |= bits;
+        }
+    }
+    features
+}
+
 /// What a device offers on such an interface.
 pub(super) fn offered(offloads: TapOffloads, mtu: bool, several_pairs: bool) -> u64 {
     let mut features = CSUM

@@ -25,6 +25,7 @@ mod control;
 mod counters;
 mod device;
 mod features;
+mod front;
 mod ioctl;
 mod mac;
 mod persist;
@@ -46,6 +47,8 @@ mod tap_tests;
 pub(crate) mod testing;
 
 pub use device::{Net, NetConfig, NetError};
+pub(crate) use features::OFFLOADS;
+pub(crate) use front::NetFront;
 pub use mac::{MacAddr, MacError};
 pub use port::rarp_frame;
 pub use tap::{Tap, TapConfig, TapOffloads};

@@ -59,6 +59,10 @@ pub trait VirtioDevice: Send + Sync {
         let _ = bit;
         None
     }
+    /// Features of transport and queues that it can be offered with, of [`TRANSPORT_FEATURES`]: all, unless somebody else serves the queues.
+    fn transport_features(&self) -> u64 {
+        TRANSPORT_FEATURES
+    }
     /// The largest size of each queue, each a power of two.
     fn queue_sizes(&self) -> Vec<u16>;
     /// Fills `data` from its configuration space; beyond its end with zeros.

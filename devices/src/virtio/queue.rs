@@ -240,6 +240,41 @@ impl Virtqueue {
         &self.kick
     }
 
+    /// Readable when the driver has notified, for somebody else to hold.
+    pub(crate) fn shared_kick(&self) -> Arc<EventFd> {
+        Arc::clone(&self.kick)
+    }
+
+    /// Guest-physical addresses of descriptor table, available ring and used ring, and their lengths in bytes, event indices included.
+    pub(crate) fn rings(&self) -> [(u64, usize); 3] {
+        let size = usize::from(self.queue.size());
+        [
+            (self.queue.desc_table(), size * 16),
+            (self.queue.avail_ring(), size * 2 + 6),
+            (self.queue.used_ring(), size * 8 + 6),
+        ]
+    }
+
+    /// Next entry of the available ring that the device takes.
+    pub(crate) fn next_available(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// Where driver and device are in memory: the indices of the available and of the used ring.
+    pub(crate) fn indices(&self) -> Result<(u16, u16), QueueError> {
+        let available = self.queue.avail_idx(&self.memory, Ordering::Acquire)?;
+        let used = self.queue.used_idx(&self.memory, Ordering::Acquire)?;
+        Ok((available.0, used.0))
+    }
+
+    /// Somebody else has served the queue and has come to this position of both rings. The driver hears of it at the next
+    /// [`Virtqueue::signal`].
+    pub(crate) fn served_until(&mut self, position: u16) {
+        self.unsignalled |= self.queue.next_used() != position;
+        self.queue.set_next_avail(position);
+        self.queue.set_next_used(position);
+    }
+
     /// The rings with their positions, for the transport to keep.
     pub fn into_queue(self) -> Queue {
         self.queue

@@ -1,7 +1,7 @@
-//! Block guest: reads a virtio disk by a driver that polls, to measure it and to check what it reads.
+//! Block guest: reads and writes a virtio disk by a driver that polls, to measure it and to check what it reads.
 //!
 //! ```text
-//!  find the disk (ECAM), set it up ─> "block: ready …" ─> ┌ `work=read`: the whole disk, again and again ┐
+//!  find the disk (ECAM), set it up ─> "block: ready …" ─> ┌ `work=read`, `write`: the whole disk, again and again ┐
 //!                                                         │ `work=wait`: halted until the next tick      │
 //!                                                         └ look at serial input: `m`, `v`, `q`, `r`     ┘
 //! ```
@@ -20,7 +20,7 @@
 //! | `run_ms`    | 1000    | how long a measurement takes, after a tenth of it that is not counted                |
 //! | `seed`      | 1       | of the random order                                                                  |
 //! | `event_idx` | `on`    | `off`: does without VIRTIO_F_EVENT_IDX                                               |
-//! | `work`      | `wait`  | `read`: reads and checks the disk all the time                                       |
+//! | `work`      | `wait`  | `read`: reads and checks the disk all the time; `write`: writes it before each time  |
 //! | `ecam`      |         | address of the ECAM window; else ACPI's, else 0xe0000000 (this project, QEMU microvm) |
 //! | `report_ms` | 1000    | interval of reports while `work=read`                                                |
 //!
@@ -39,7 +39,8 @@
 //! ```
 //!
 //! `latency_ns` is the mean from a request's start to the look that found it done; `notified` counts
-//! notifications. `errors` are requests that the device did not answer with success and the whole block;
+//! notifications. With `work=write` each pass first writes every block anew: its number, then the pass, as 64-bit words that
+//! fill it in turn; `damaged` are then blocks that read back as something else. `errors` are requests that the device did not answer with success and the whole block;
 //! `damaged` are passes over the disk with another checksum than the first one (`block/checksum.rs`).
 
 #![no_std]
@@ -101,9 +102,14 @@ fn main(machine: &Machine) -> ! {
         errors: 0,
         damaged: 0,
         checksum: 0,
+        writes: false,
     };
     service::start_ticks(TICK_MS);
     match params.text("work") {
+        Some("write") => {
+            reader.writes = true;
+            reader.read_on(number("report_ms", 1000) * NS_PER_MS)
+        }
         Some("read") => reader.read_on(number("report_ms", 1000) * NS_PER_MS),
         _ => loop {
             service::idle();
@@ -126,6 +132,8 @@ struct Reader {
     damaged: u64,
     /// Of the first pass.
     checksum: u64,
+    /// Each pass writes the disk first.
+    writes: bool,
 }
 
 /// What a measurement counted.
@@ -223,8 +231,46 @@ impl Reader {
         ));
     }
 
+    /// Writes every block once.
+    fn write_pass(&mut self) {
+        let (blocks, mut next, passes) = (self.disk.blocks, 0, self.passes);
+        let mut left = blocks;
+        while left > 0 {
+            for queue in self.disk.queues() {
+                let mut ask = |queue: &mut queue::Queue, slot| {
+                    if next < blocks {
+                        for words in queue.data_mut(slot).chunks_exact_mut(16) {
+                            words[..8].copy_from_slice(&u64::to_le_bytes(next));
+                            words[8..].copy_from_slice(&passes.to_le_bytes());
+                        }
+                        queue.start_write(slot, next);
+                        next += 1;
+                    }
+                };
+                if queue.under_way() == 0 {
+                    for slot in 0..queue.depth() {
+                        ask(queue, slot);
+                    }
+                } else {
+                    while let Some(done) = queue.next_done() {
+                        left -= 1;
+                        self.requests += 1;
+                        self.errors += u64::from(!done.ok);
+                        ask(queue, done.slot);
+                    }
+                }
+                queue.publish();
+            }
+        }
+    }
+
     /// Reads every block once and compares the checksum with that of the first pass.
     fn pass(&mut self) {
+        if self.writes {
+            self.write_pass();
+        }
+        let writes = self.writes;
+        let pass = self.passes;
         let (blocks, mut next, mut sum) = (self.disk.blocks, 0, 0u64);
         // A disk of a multiple of STEP blocks is read in order.
         let step = if blocks.is_multiple_of(STEP) { 1 } else { STEP };
@@ -247,7 +293,15 @@ impl Reader {
                         left -= 1;
                         self.requests += 1;
                         self.errors += u64::from(!done.ok);
-                        sum = sum.wrapping_add(checksum::of_block(done.block, queue.data(done.slot)));
+                        let data = queue.data(done.slot);
+                        if writes {
+                            let wrong = |words: &[u8]| {
+                                words[..8] != done.block.to_le_bytes() || words[8..] != pass.to_le_bytes()
+                            };
+                            self.damaged += u64::from(data.chunks_exact(16).any(wrong));
+                        } else {
+                            sum = sum.wrapping_add(checksum::of_block(done.block, data));
+                        }
                         ask(queue, done.slot);
                     }
                 }

@@ -12,3 +12,4 @@ pub mod back_end;
 pub mod console;
 pub mod process;
 pub mod relay;
+pub mod storage_daemon;

@@ -57,6 +57,7 @@ pub fn router(service: Service) -> Router {
         .route(&path("vm.counters"), get(counters))
         .route(&path("vm.add-disk"), put(add_disk))
         .route(&path("vm.add-net"), put(add_net))
+        .route(&path("vm.add-fs"), put(add_fs))
         .route(&path("vm.remove-device"), put(remove_device))
         .route(&path("vm.payload"), put(payload))
         .route(&path("vm.resize"), put(resize))
@@ -120,6 +121,10 @@ async fn add_disk(State(service): State<Service>, Body(body): Body) -> Answer {
 
 async fn add_net(State(service): State<Service>, Body(body): Body) -> Answer {
     added(&ask(&service, Request::AddNet(Box::new(parse(&body)?))).await?)
+}
+
+async fn add_fs(State(service): State<Service>, Body(body): Body) -> Answer {
+    added(&ask(&service, Request::AddFs(Box::new(parse(&body)?))).await?)
 }
 
 fn added(response: &Response) -> Answer {

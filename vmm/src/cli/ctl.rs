@@ -80,7 +80,17 @@ enum CtlRequest {
         #[arg(long)]
         mac: Option<String>,
     },
-    /// Take a disk or network interface away: asks the guest, which lets it go or does not.
+    /// Add a file system that a vhost-user back end shares; prints its id and where the guest finds it.
+    AddFs {
+        /// What the guest mounts it by.
+        tag: String,
+        /// The unix socket on which the back end (`virtiofsd`) listens.
+        socket: PathBuf,
+        /// Its name in the machine.
+        #[arg(long)]
+        id: Option<String>,
+    },
+    /// Take a disk, network interface or file system away: asks the guest, which lets it go or does not.
     RemoveDevice {
         /// Its name in the machine.
         id: String,
@@ -210,6 +220,12 @@ fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, Cl
         CtlRequest::AddNet { tap, id, mac } => {
             let body = json!({"tap": tap, "id": id, "mac": mac});
             client.put_json("vm.add-net", body.to_string().into_bytes())
+        }
+        CtlRequest::AddFs { tag, socket, id } => {
+            let socket = std::path::absolute(socket)
+                .with_context(|| format!("socket {}", socket.display()))?;
+            let body = json!({"tag": tag, "socket": socket, "id": id});
+            client.put_json("vm.add-fs", body.to_string().into_bytes())
         }
         CtlRequest::RemoveDevice { id } => client.put_json(
             "vm.remove-device",

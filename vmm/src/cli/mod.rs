@@ -196,6 +196,9 @@ struct ArrivalArgs {
     /// The TAP of one of the guest's network interfaces here; may be given for each.
     #[arg(long = "tap", value_name = "ID=NAME", value_parser = pair)]
     taps: Vec<(String, String)>,
+    /// The socket of the vhost-user back end of one of the guest's devices here; may be given for each.
+    #[arg(long = "vhost", value_name = "ID=SOCKET", value_parser = pair)]
+    vhost: Vec<(String, String)>,
     /// The kernel that the guest boots when it resets itself here.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
@@ -212,6 +215,13 @@ impl ArrivalArgs {
     fn disks(&self) -> BTreeMap<String, PathBuf> {
         let disks = self.disks.iter();
         disks.map(|(id, path)| (id.clone(), path.into())).collect()
+    }
+
+    fn vhost(&self) -> BTreeMap<String, PathBuf> {
+        let sockets = self.vhost.iter();
+        sockets
+            .map(|(id, socket)| (id.clone(), socket.into()))
+            .collect()
     }
 
     fn taps(&self) -> BTreeMap<String, String> {

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use devices::net::MacAddr;
 use serde::{Deserialize, Serialize};
 
-use super::{ConfigError, VmConfig, field};
+use super::{ConfigError, VhostMode, VmConfig, field};
 
 /// Most descriptors of a queue (section 2.7 of the virtio specification).
 const MAX_QUEUE_SIZE: u16 = 32768;
@@ -37,15 +37,26 @@ const MAX_ID: usize = 64;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// Raw image or block device.
+    /// Raw image or block device; empty if a vhost-user back end has it.
+    #[serde(
+        default,
+        deserialize_with = "super::null_is_default",
+        skip_serializing_if = "is_empty"
+    )]
     pub path: PathBuf,
+    /// Another process serves it, by vhost-user.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vhost_user: bool,
+    /// The unix socket on which that process listens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
     /// The guest cannot write it.
     #[serde(default)]
     pub readonly: bool,
     /// Past the host's page cache (O_DIRECT).
     #[serde(default)]
     pub direct: bool,
-    /// Queues, each with a thread; one for each vCPU by default, 16 at most then.
+    /// Queues, each with a thread; one for each vCPU by default, 16 at most then, and one with a vhost-user back end.
     #[serde(default)]
     pub num_queues: u16,
     /// Descriptors of a queue, a power of two.
@@ -97,6 +108,15 @@ pub struct TokenBucketConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
+    /// Another process takes and gives its packets, by vhost-user.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vhost_user: bool,
+    /// The unix socket of that process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost_socket: Option<PathBuf>,
+    /// Which side listens on it.
+    #[serde(default, skip_serializing_if = "VhostMode::is_default")]
+    pub vhost_mode: VhostMode,
     /// TAP on the host, made if it is not there; a new name if it is not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
@@ -168,6 +188,10 @@ impl Default for RngConfig {
     }
 }
 
+fn is_empty(path: &std::path::Path) -> bool {
+    path.as_os_str().is_empty()
+}
+
 fn queue_128() -> u16 {
     128
 }
@@ -203,7 +227,7 @@ impl VmConfig {
                 disk.id = name("disk");
             }
             if disk.num_queues == 0 {
-                disk.num_queues = queues;
+                disk.num_queues = if disk.vhost_user { 1 } else { queues };
             }
         }
         for net in &mut self.net {
@@ -211,12 +235,18 @@ impl VmConfig {
                 net.id = name("net");
             }
         }
+        for fs in &mut self.fs {
+            if fs.id.as_deref().is_none_or(str::is_empty) {
+                fs.id = name("fs");
+            }
+        }
     }
 
     fn ids(&self) -> impl Iterator<Item = &str> {
         let disks = self.disks.iter().filter_map(|disk| disk.id.as_deref());
         let nets = self.net.iter().filter_map(|net| net.id.as_deref());
-        disks.chain(nets)
+        let fs = self.fs.iter().filter_map(|fs| fs.id.as_deref());
+        disks.chain(nets).chain(fs)
     }
 
     pub(super) fn validate_devices(&self) -> Result<(), ConfigError> {
@@ -290,7 +320,8 @@ impl VmConfig {
         }
         let slots = self.disks.iter().filter_map(|disk| disk.pci_slot);
         let mut taken = BTreeSet::new();
-        for slot in slots.chain(self.net.iter().filter_map(|net| net.pci_slot)) {
+        let slots = slots.chain(self.net.iter().filter_map(|net| net.pci_slot));
+        for slot in slots.chain(self.fs.iter().filter_map(|fs| fs.pci_slot)) {
             if !(1..devices::pci::SLOTS).contains(&slot) || !taken.insert(slot) {
                 return Err(field(
                     "pci_slot",
@@ -321,7 +352,7 @@ impl VmConfig {
     }
 }
 
-fn queues(
+pub(super) fn queues(
     number_field: &'static str,
     size_field: &'static str,
     number: u16,

@@ -24,6 +24,7 @@ pub(super) struct Ends {
     pub(super) vsock: Option<PathBuf>,
     pub(super) disks: BTreeMap<String, PathBuf>,
     pub(super) taps: BTreeMap<String, String>,
+    pub(super) vhost: BTreeMap<String, PathBuf>,
     pub(super) kernel: Option<PathBuf>,
     pub(super) initramfs: Option<PathBuf>,
     pub(super) trust_source: bool,
@@ -37,6 +38,7 @@ impl From<ReceiveMigration> for Ends {
             vsock: request.vsock,
             disks: request.disks,
             taps: request.taps,
+            vhost: request.vhost,
             kernel: request.kernel,
             initramfs: request.initramfs,
             trust_source: request.trust_source,
@@ -52,6 +54,7 @@ impl From<RestoreRequest> for Ends {
             vsock: request.vsock,
             disks: request.disks,
             taps: request.taps,
+            vhost: request.vhost,
             kernel: request.kernel,
             initramfs: request.initramfs,
             // Who names the snapshot is the operator of this host, as for a config.
@@ -89,7 +92,8 @@ impl Ends {
         for (option, what, end, wanted) in ports {
             refused.extend(self.port(option, what, end, wanted.as_ref()).err());
         }
-        for disk in &mut config.disks {
+        refused.extend(self.back_ends(config));
+        for disk in config.disks.iter_mut().filter(|disk| !disk.vhost_user) {
             let id = disk.id.clone().unwrap_or_default();
             match self.disks.get(&id) {
                 Some(path) => disk.path.clone_from(path),
@@ -100,7 +104,7 @@ impl Ends {
                 )),
             }
         }
-        for net in &mut config.net {
+        for net in config.net.iter_mut().filter(|net| !net.vhost_user) {
             refused.extend(self.net(net).err());
         }
         if let Some(vsock) = &mut config.vsock {
@@ -154,6 +158,32 @@ impl Ends {
             None => {}
         }
         Ok(())
+    }
+
+    /// The sockets of vhost-user back ends.
+    fn back_ends(&self, config: &mut VmConfig) -> Vec<Refusal> {
+        let mut refused = Vec::new();
+        let disks = config.disks.iter_mut().filter(|disk| disk.vhost_user);
+        let disks = disks.map(|disk| (&disk.id, &mut disk.vhost_socket));
+        let nets = config.net.iter_mut().filter(|net| net.vhost_user);
+        let nets = nets.map(|net| (&net.id, &mut net.vhost_socket));
+        for (id, socket) in disks.chain(nets) {
+            let id = id.clone().unwrap_or_default();
+            match self.vhost.get(&id) {
+                Some(path) => *socket = Some(path.clone()),
+                None if self.trust_source => {}
+                None => refused.push(untold(
+                    &format!("the vhost-user back end of {id}"),
+                    "`vmm receive --vhost ID=SOCKET`",
+                )),
+            }
+        }
+        // No source of this build sends one.
+        for fs in &config.fs {
+            let detail = format!("the file system {} cannot go with its guest", fs.tag);
+            refused.push(refuse(RefusalKind::Device, detail));
+        }
+        refused
     }
 
     fn net(&self, net: &mut NetConfig) -> Result<(), Refusal> {

@@ -37,6 +37,14 @@ pub(crate) enum DeviceError {
         /// Why.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The machine cannot be taken elsewhere with it.
+    #[error("device {id}: {reason}")]
+    Stays {
+        /// The device.
+        id: String,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The serial port's other end cannot be opened.
     #[error("serial: {0}")]
     Serial(#[from] SerialError),

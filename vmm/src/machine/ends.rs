@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 use devices::block::{Block, Disk, DiskConfig as BlockConfig, DiskError, EngineKind};
 use devices::net::{MacAddr, Net, NetConfig as Interface, NetError, Tap, TapConfig, TapError};
 use devices::rate_limiter::{RateLimiterConfig as Limits, TokenBucketConfig as Bucket};
+use devices::vhost_user::{VhostConfig, VhostError, VhostKind, VhostUser};
+use memory::GuestRam;
 
-use crate::config::{DiskConfig, NetConfig, TokenBucketConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, TokenBucketConfig};
 
 /// How long a source waits for an image that the destination has locked and is about to let go.
 pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(10);
@@ -128,13 +130,73 @@ pub(super) fn lock_again(
     }
 }
 
+/// Connects to the vhost-user back end of a disk.
+pub(super) fn vhost_disk(
+    id: &str,
+    config: &DiskConfig,
+    ram: &Arc<GuestRam>,
+) -> Result<VhostUser, VhostError> {
+    let made = VhostConfig {
+        socket: config.vhost_socket.clone().unwrap_or_default(),
+        kind: VhostKind::Block {
+            read_only: config.readonly,
+        },
+        num_queues: config.num_queues,
+        queue_size: config.queue_size,
+    };
+    VhostUser::new(id, made, Arc::clone(ram))
+}
+
+/// The same of a network interface. A MAC address that was not given is written into the config.
+pub(super) fn vhost_net(
+    id: &str,
+    config: &mut NetConfig,
+    ram: &Arc<GuestRam>,
+) -> Result<VhostUser, VhostError> {
+    let mac = match config.mac {
+        Some(mac) => mac,
+        None => MacAddr::random()?,
+    };
+    config.mac = Some(mac);
+    let made = VhostConfig {
+        socket: config.vhost_socket.clone().unwrap_or_default(),
+        kind: VhostKind::Net {
+            mac,
+            mtu: config.mtu,
+        },
+        num_queues: config.num_queues,
+        queue_size: config.queue_size,
+    };
+    VhostUser::new(id, made, Arc::clone(ram))
+}
+
+/// The same of a file system.
+pub(super) fn fs(
+    id: &str,
+    config: &FsConfig,
+    ram: &Arc<GuestRam>,
+) -> Result<VhostUser, VhostError> {
+    let made = VhostConfig {
+        socket: config.socket.clone(),
+        kind: VhostKind::Fs {
+            tag: config.tag.clone(),
+        },
+        num_queues: config.num_queues,
+        queue_size: config.queue_size,
+    };
+    VhostUser::new(id, made, Arc::clone(ram))
+}
+
 /// Tells the network where a guest is now: by its driver if that can, and by RARP in its name. Returns at once.
-pub(super) fn announce(nets: Vec<Arc<Net>>) {
-    if nets.is_empty() {
+pub(super) fn announce(nets: Vec<Arc<Net>>, vhost: Vec<(String, Arc<VhostUser>)>) {
+    if nets.is_empty() && vhost.is_empty() {
         return;
     }
     for net in &nets {
         net.announce();
+    }
+    for (_, device) in &vhost {
+        device.announce();
     }
     let announcer = std::thread::Builder::new()
         .name("announce".to_owned())
@@ -143,12 +205,19 @@ pub(super) fn announce(nets: Vec<Arc<Net>>) {
             // A device that has ended is held by nobody else.
             let weak: Vec<_> = nets.iter().map(Arc::downgrade).collect();
             drop(nets);
+            let vhost: Vec<_> = vhost
+                .iter()
+                .map(|(_, device)| Arc::downgrade(device))
+                .collect();
             for at in ANNOUNCEMENTS_MS.map(Duration::from_millis) {
                 std::thread::sleep(at.saturating_sub(start.elapsed()));
                 for net in weak.iter().filter_map(std::sync::Weak::upgrade) {
                     if let Err(error) = net.send_rarp() {
                         tracing::warn!(%error, "the network is not told where the guest is");
                     }
+                }
+                for device in vhost.iter().filter_map(std::sync::Weak::upgrade) {
+                    device.send_rarp();
                 }
             }
         });

@@ -1,13 +1,13 @@
 //! What may be changed of a machine while it exists: devices that come and go, sizes.
 //!
 //! ```text
-//!   vm.add-disk, vm.add-net ─┬─ not built: into the config, there at the next boot
+//!   vm.add-disk, -net, -fs ──┬─ not built: into the config, there at the next boot
 //!                            └─ built: made, put into a slot, the guest is told; then into the config
 //!   vm.remove-device ─┬─ not built: out of the config
 //!                     └─ built: the guest is asked ··· it lets go ··· Event::Ejected ─► out of the config
 //! ```
 
-use crate::config::{DiskConfig, NetConfig, VmConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, VmConfig};
 use crate::job::JobKind;
 use crate::service::{
     DeviceInfo, ErrorKind, Reply, Resize, ResizeDisk, Response, ServiceError, VmState,
@@ -60,6 +60,17 @@ impl Owner {
             },
             |config, at| (config.net[at].id.clone(), config.net[at].pci_slot),
             |instance, config, at| instance.add_net(&mut config.net[at]),
+        )
+    }
+
+    pub(super) fn add_fs(&mut self, fs: FsConfig) -> Reply {
+        self.add(
+            |config| {
+                config.fs.push(fs);
+                config.fs.len() - 1
+            },
+            |config, at| (config.fs[at].id.clone(), config.fs[at].pci_slot),
+            |instance, config, at| instance.add_fs(&mut config.fs[at]),
         )
     }
 
@@ -207,11 +218,13 @@ fn removable(config: &VmConfig, id: &str) -> bool {
         .iter()
         .any(|disk| disk.id.as_deref() == Some(id))
         || config.net.iter().any(|net| net.id.as_deref() == Some(id))
+        || config.fs.iter().any(|fs| fs.id.as_deref() == Some(id))
 }
 
 fn take_out(config: &mut VmConfig, id: &str) {
     config.disks.retain(|disk| disk.id.as_deref() != Some(id));
     config.net.retain(|net| net.id.as_deref() != Some(id));
+    config.fs.retain(|fs| fs.id.as_deref() != Some(id));
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
 use arch::x86_64::topology::{Topology, TopologyError};
 use devices::block::DiskError;
+use devices::vhost_user::VhostUser;
 use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vcpu, Vm, VmOptions};
 use memory::{GuestRam, RamRange};
 use migration::{AcceptedFeatures, CpuContract, DeviceState, MachineState, Manifest, RunState};
@@ -33,7 +34,7 @@ use super::demand::Demands;
 use super::devices::{DeviceError, DeviceSet};
 use super::ends;
 use super::vcpus::VcpuSet;
-use crate::config::{ConfigError, DiskConfig, NetConfig, VmConfig};
+use crate::config::{ConfigError, DiskConfig, FsConfig, NetConfig, VmConfig};
 
 /// Why a machine cannot be built or started.
 #[derive(Debug, thiserror::Error)]
@@ -420,6 +421,35 @@ impl Instance {
         self.devices.pci().add_net(config)
     }
 
+    pub(super) fn add_fs(&self, config: &mut FsConfig) -> Result<(), DeviceError> {
+        self.devices.pci().add_fs(config)
+    }
+
+    /// The devices that vhost-user back ends serve.
+    pub(super) fn vhost(&self) -> Vec<(String, Arc<VhostUser>)> {
+        self.devices.pci().vhost()
+    }
+
+    /// Why the machine's memory and state are not all that there is of it, if so.
+    pub(super) fn check_complete(&self) -> Result<(), DeviceError> {
+        self.check_vhost(VhostUser::check_complete)
+    }
+
+    /// Why the machine cannot move, if so.
+    pub(super) fn check_movable(&self) -> Result<(), DeviceError> {
+        self.check_vhost(VhostUser::check_movable)
+    }
+
+    fn check_vhost(
+        &self,
+        check: impl Fn(&VhostUser) -> Result<(), String>,
+    ) -> Result<(), DeviceError> {
+        for (id, device) in self.vhost() {
+            check(&device).map_err(|reason| DeviceError::Stays { id, reason })?;
+        }
+        Ok(())
+    }
+
     /// False if there is no such device.
     pub(super) fn ask_to_remove(&self, id: &str) -> bool {
         self.devices.pci().ask_to_remove(id)
@@ -472,7 +502,7 @@ impl Instance {
 
     /// Tells the network that the guest is here now.
     pub(super) fn announce(&self) {
-        ends::announce(self.devices.pci().nets());
+        ends::announce(self.devices.pci().nets(), self.vhost());
     }
 
     /// Fills in what was decided at run time.

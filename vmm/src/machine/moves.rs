@@ -28,6 +28,9 @@ impl Owner {
                 "the VM runs but was never built",
             ));
         };
+        instance
+            .check_movable()
+            .map_err(|error| ServiceError::wrong_state(format!("the VM cannot move: {error}")))?;
         let options = SendOptions {
             downtime_ms: request.downtime_ms,
             timeout_s: request.timeout_s,

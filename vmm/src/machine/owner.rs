@@ -122,6 +122,7 @@ impl Owner {
             Request::PowerButton => self.power_button(),
             Request::AddDisk(disk) => self.add_disk(*disk),
             Request::AddNet(net) => self.add_net(*net),
+            Request::AddFs(fs) => self.add_fs(*fs),
             Request::RemoveDevice(device) => self.remove_device(&device.id),
             Request::Payload(wanted) => self.payload(*wanted),
             Request::Resize(wanted) => self.resize(wanted),

@@ -1,7 +1,7 @@
 //! The devices on the PCI bus: made from the config, each behind its function.
 //!
 //! ```text
-//!   VmConfig ── rng, balloon, console, vsock, disks, net ──► VirtioDevice ──► VirtioPci ──► its slot of PciBus, or the next free one
+//!   VmConfig ── rng, balloon, console, vsock, disks, net, fs ──► VirtioDevice ──► VirtioPci ──► its slot of PciBus, or the next free one
 //!   add ──► the same, then PciHotplug tells the guest
 //!   ask_to_remove ──► PciHotplug asks the guest ──► it ejects (on a vCPU thread) ──► the device ends, Event::Ejected ──► the config
 //! ```
@@ -19,6 +19,7 @@ use devices::block::Block;
 use devices::net::Net;
 use devices::pci::{EjectSink, PciBus, PciHotplug};
 use devices::rng::Rng;
+use devices::vhost_user::VhostUser;
 use devices::virtio::VirtioDevice;
 use devices::virtio::pci::{IoEvents, VirtioPci};
 use devices::vsock::Vsock;
@@ -31,7 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::demand::Demands;
 use super::devices::DeviceError;
 use super::ends;
-use crate::config::{DiskConfig, NetConfig, VmConfig, urandom};
+use crate::config::{DiskConfig, FsConfig, NetConfig, VmConfig, urandom};
 
 /// What a device is, for those who need more of it than the bus does.
 #[derive(Clone)]
@@ -42,6 +43,7 @@ pub(super) enum Device {
     Net(Arc<Net>),
     Console(Arc<Console>),
     Vsock(Arc<Vsock>),
+    Vhost(Arc<VhostUser>),
 }
 
 impl Device {
@@ -53,12 +55,13 @@ impl Device {
             Self::Net(device) => device.clone(),
             Self::Console(device) => device.clone(),
             Self::Vsock(device) => device.clone(),
+            Self::Vhost(device) => device.clone(),
         }
     }
 
     /// Whether it may go while the machine exists. All others are part of every machine of the config: a destination would miss their state.
     fn is_removable(&self) -> bool {
-        matches!(self, Self::Disk(_) | Self::Net(_))
+        matches!(self, Self::Disk(_) | Self::Net(_) | Self::Vhost(_))
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -82,6 +85,7 @@ impl Device {
                 all.extend(balloon.statistics());
                 all
             }
+            Self::Vhost(device) => vec![("connected", u64::from(device.is_connected()))],
             Self::Disk(disk) => disk.counters(),
             Self::Net(net) => net.counters(),
         }
@@ -204,6 +208,11 @@ impl PciSet {
         let (old_nets, new_nets) = nets
             .into_iter()
             .partition::<Vec<_>, _>(|net| known(&net.pci_slot));
+        let (old_fs, new_fs) =
+            (config.fs.iter_mut()).partition::<Vec<_>, _>(|fs| known(&fs.pci_slot));
+        for fs in old_fs {
+            set.put_fs(fs)?;
+        }
         for disk in old_disks {
             set.put_disk(disk, arriving)?;
         }
@@ -213,21 +222,44 @@ impl PciSet {
         for disk in new_disks {
             set.put_disk(disk, arriving)?;
         }
+        for fs in new_fs {
+            set.put_fs(fs)?;
+        }
         Ok(set)
     }
 
     fn put_disk(&self, config: &mut DiskConfig, arriving: bool) -> Result<(), DeviceError> {
         let id = config.id.clone().unwrap_or_default();
-        let disk = ends::disk(&id, config, arriving).map_err(|error| refused(&id, error))?;
-        let slot = self.put(&id, config.pci_slot, Device::Disk(Arc::new(disk)))?;
+        let device = if config.vhost_user {
+            let disk = ends::vhost_disk(&id, config, &self.around.ram);
+            Device::Vhost(Arc::new(disk.map_err(|error| refused(&id, error))?))
+        } else {
+            let disk = ends::disk(&id, config, arriving).map_err(|error| refused(&id, error))?;
+            Device::Disk(Arc::new(disk))
+        };
+        let slot = self.put(&id, config.pci_slot, device)?;
         config.pci_slot = Some(slot);
         Ok(())
     }
 
     fn put_net(&self, config: &mut NetConfig) -> Result<(), DeviceError> {
         let id = config.id.clone().unwrap_or_default();
-        let net = ends::net(config).map_err(|error| refused(&id, error))?;
-        let slot = self.put(&id, config.pci_slot, Device::Net(Arc::new(net)))?;
+        let device = if config.vhost_user {
+            let net = ends::vhost_net(&id, config, &self.around.ram);
+            Device::Vhost(Arc::new(net.map_err(|error| refused(&id, error))?))
+        } else {
+            let net = ends::net(config).map_err(|error| refused(&id, error))?;
+            Device::Net(Arc::new(net))
+        };
+        let slot = self.put(&id, config.pci_slot, device)?;
+        config.pci_slot = Some(slot);
+        Ok(())
+    }
+
+    fn put_fs(&self, config: &mut FsConfig) -> Result<(), DeviceError> {
+        let id = config.id.clone().unwrap_or_default();
+        let fs = ends::fs(&id, config, &self.around.ram).map_err(|error| refused(&id, error))?;
+        let slot = self.put(&id, config.pci_slot, Device::Vhost(Arc::new(fs)))?;
         config.pci_slot = Some(slot);
         Ok(())
     }
@@ -260,6 +292,13 @@ impl PciSet {
     /// Adds a network interface to a machine that runs, and tells the guest.
     pub(super) fn add_net(&self, config: &mut NetConfig) -> Result<(), DeviceError> {
         self.put_net(config)?;
+        self.added();
+        Ok(())
+    }
+
+    /// Adds a file system to a machine that runs, and tells the guest.
+    pub(super) fn add_fs(&self, config: &mut FsConfig) -> Result<(), DeviceError> {
+        self.put_fs(config)?;
         self.added();
         Ok(())
     }
@@ -380,6 +419,16 @@ impl PciSet {
         functions
             .filter_map(|function| match function.device {
                 Device::Disk(disk) => Some((function.id, disk)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    pub(super) fn vhost(&self) -> Vec<(String, Arc<VhostUser>)> {
+        let functions = self.functions().into_iter();
+        functions
+            .filter_map(|function| match function.device {
+                Device::Vhost(device) => Some((function.id, device)),
                 _ => None,
             })
             .collect()

@@ -31,6 +31,9 @@ impl Owner {
                 "{demand}: a snapshot would not know of it; resume the VM, reboot it or shut it down first"
             )));
         }
+        instance.check_complete().map_err(|error| {
+            ServiceError::wrong_state(format!("no snapshot of the VM can be taken: {error}"))
+        })?;
         let control = Arc::new(MoveControl::new());
         let url = request.destination_url.clone();
         let job = self

@@ -6,6 +6,7 @@ use memory::{GuestRam, PageBitmap};
 use migration::{MachineError, MachineState, Manifest, RunState, SourceMachine};
 
 use super::demand::Pending;
+use super::devices::DeviceError;
 use super::instance::Instance;
 
 /// A machine on its way out.
@@ -48,12 +49,22 @@ impl SourceMachine for MovingOut {
         for slot in self.instance.memory_slots() {
             self.instance.vm().start_dirty_log(slot)?;
         }
+        for (id, device) in self.instance.vhost() {
+            let failed = |error| DeviceError::Function {
+                id,
+                source: Box::new(error),
+            };
+            device.start_logging().map_err(failed)?;
+        }
         Ok(())
     }
 
     fn stop_dirty_tracking(&mut self) {
         if !std::mem::take(&mut self.tracking) {
             return;
+        }
+        for (_, device) in self.instance.vhost() {
+            device.stop_logging();
         }
         for slot in self.instance.memory_slots() {
             if let Err(error) = self.instance.vm().stop_dirty_log(slot) {
@@ -65,6 +76,9 @@ impl SourceMachine for MovingOut {
     fn fetch_dirty(&mut self, region: usize, into: &mut PageBitmap) -> Result<(), MachineError> {
         let slot = self.instance.memory_slot(region)?;
         self.instance.vm().fetch_dirty_log(slot, into.words_mut())?;
+        for (_, device) in self.instance.vhost() {
+            device.collect_dirty();
+        }
         self.instance.ram().take_device_dirty(region, into);
         Ok(())
     }
@@ -81,6 +95,8 @@ impl SourceMachine for MovingOut {
     fn pause(&mut self) -> Result<(), MachineError> {
         self.paused = true;
         self.instance.pause();
+        // A back end that has gone has requests of the guest.
+        self.instance.check_complete()?;
         // A reset or power-off that the guest has asked for is still to be done here: a guest that waits
         // for it must not arrive elsewhere, where nobody knows of it.
         match self.instance.demands().pending() {

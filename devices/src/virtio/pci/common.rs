@@ -204,7 +204,7 @@ impl VirtioPci {
 
     /// The features that the device and this transport offer.
     pub(super) fn offered(&self) -> u64 {
-        self.device.features() | TRANSPORT_FEATURES
+        self.device.features() | self.device.transport_features() & TRANSPORT_FEATURES
     }
 
     fn status(&self, inner: &Inner) -> u8 {

@@ -1,8 +1,8 @@
-//! A split virtqueue of read requests (Virtual I/O Device 1.3, section 2.7), polled.
+//! A split virtqueue of requests for blocks (Virtual I/O Device 1.3, section 2.7), polled.
 //!
 //! ```text
-//!   slot ─► descriptors 3s: header (read), 3s+1: block (write), 3s+2: status (write); laid out once, only the sector changes
-//!   start(slot, block) … publish() ─► one notification if the device wants it        next_done() ─► slot
+//!   slot ─► descriptors 3s: header (read), 3s+1: block (write, or read if the disk is written), 3s+2: status (write); laid out once
+//!   start(slot, block, …) … publish() ─► one notification if the device wants it        next_done() ─► slot
 //! ```
 
 use core::sync::atomic::{AtomicU16, Ordering, fence};
@@ -31,6 +31,9 @@ struct Descriptor {
     flags: u16,
     next: u16,
 }
+
+/// VIRTIO_BLK_T_OUT.
+const OUT: u32 = 1;
 
 /// `struct virtio_blk_req` without its data, and what the driver remembers of a request.
 #[repr(C, align(64))]
@@ -165,6 +168,31 @@ impl Queue {
         self.under_way
     }
 
+    /// Where a slot that is not under way has its data.
+    pub fn data_mut(&mut self, slot: u16) -> &mut [u8] {
+        let at = self.data + u64::from(slot % self.depth) * BLOCK as u64;
+        // SAFETY: a buffer of this queue, which the device has given back, and which is borrowed like the queue.
+        unsafe { core::slice::from_raw_parts_mut(at as *mut u8, BLOCK) }
+    }
+
+    /// Makes a write of a slot's data to `block` available, as [`Queue::start`] does with a read.
+    pub fn start_write(&mut self, slot: u16, block: u64) {
+        self.direct(slot, OUT);
+        self.begin(slot, block, 0);
+    }
+
+    /// Which way a slot's data go.
+    fn direct(&mut self, slot: u16, kind: u32) {
+        let slot = slot % self.depth;
+        // SAFETY: the slot is within the queue and the device does not have it.
+        unsafe {
+            (&raw mut (*self.requests.add(slot.into())).kind).write_volatile(kind);
+            let data = (self.rings[0] as *mut Descriptor).add(usize::from(slot * CHAIN + 1));
+            let flags = if kind == OUT { NEXT } else { NEXT | WRITE };
+            (&raw mut (*data).flags).write_volatile(flags);
+        }
+    }
+
     /// What was read last into a slot that is not under way.
     pub fn data(&self, slot: u16) -> &[u8] {
         let at = self.data + u64::from(slot % self.depth) * BLOCK as u64;
@@ -180,6 +208,11 @@ impl Queue {
 
     /// Makes a read of `block` available in a free slot; the device hears of it by [`Queue::publish`].
     pub fn start(&mut self, slot: u16, block: u64, now: u64) {
+        self.direct(slot, 0);
+        self.begin(slot, block, now);
+    }
+
+    fn begin(&mut self, slot: u16, block: u64, now: u64) {
         // SAFETY: the slot is within the queue and the device does not have it.
         unsafe {
             let request = self.requests.add(usize::from(slot % self.depth));
@@ -241,16 +274,17 @@ impl Queue {
         self.under_way -= 1;
         let slot = (id / u32::from(CHAIN)) as u16 % self.depth;
         // SAFETY: the slot is within the queue.
-        let (status, block, started) = unsafe {
+        let (status, block, started, kind) = unsafe {
             let request = self.requests.add(slot.into());
             let status = (&raw const (*request).status).read_volatile();
-            (status, (*request).block, (*request).started)
+            (status, (*request).block, (*request).started, (*request).kind)
         };
+        let expected = if kind == OUT { 1 } else { BLOCK as u32 + 1 };
         Some(Done {
             slot,
             block,
             started,
-            ok: id == u32::from(slot * CHAIN) && status == 0 && written == BLOCK as u32 + 1,
+            ok: id == u32::from(slot * CHAIN) && status == 0 && written == expected,
         })
     }
 }

@@ -15,7 +15,7 @@ use crate::matrix::guest_trials;
 use crate::moves::move_guest_with;
 
 /// 4 KiB blocks of an image.
-const BLOCKS: usize = 2000;
+pub(crate) const BLOCKS: usize = 2000;
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -42,7 +42,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// An image whose blocks all differ, and its checksum.
-fn image(folder: &Folder) -> Result<(std::path::PathBuf, u64)> {
+pub(crate) fn image(folder: &Folder) -> Result<(std::path::PathBuf, u64)> {
     let mut contents = Vec::with_capacity(BLOCKS * 4096);
     let mut word = 0x0123_4567_89ab_cdef_u64;
     while contents.len() < BLOCKS * 4096 {
@@ -75,7 +75,7 @@ fn config(
 }
 
 /// The guest has read the whole disk and found the image.
-fn expect_image(console: &mut Console, expected: u64) -> Result<u64> {
+pub(crate) fn expect_image(console: &mut Console, expected: u64) -> Result<u64> {
     let line = console.verdict()?;
     let Report::BlockVerdict {
         counts,

@@ -8,6 +8,7 @@ mod matrix;
 mod moves;
 mod refusals;
 mod snapshots;
+mod vhost;
 
 use libtest_mimic::{Arguments, Trial};
 
@@ -21,5 +22,6 @@ fn main() {
     trials.extend(refusals::trials());
     trials.extend(devices::trials());
     trials.extend(snapshots::trials());
+    trials.extend(vhost::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }
