@@ -14,7 +14,7 @@ pub(super) const DISCARD: u64 = 1 << 13;
 pub(super) const WRITE_ZEROES: u64 = 1 << 14;
 
 /// What the specification calls a bit.
-pub(super) fn feature_name(bit: u32) -> Option<&'static str> {
+pub(crate) fn feature_name(bit: u32) -> Option<&'static str> {
     let name = match 1_u64.checked_shl(bit)? {
         SEG_MAX => "VIRTIO_BLK_F_SEG_MAX",
         RO => "VIRTIO_BLK_F_RO",

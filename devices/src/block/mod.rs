@@ -45,6 +45,7 @@ mod request_tests;
 #[cfg(test)]
 mod testing;
 
+pub(crate) use config_space::feature_name;
 pub use device::Block;
 pub use disk::{Disk, DiskConfig, SECTOR};
 pub use engine::EngineKind;

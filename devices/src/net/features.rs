@@ -32,7 +32,7 @@ const LARGE: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO | GUEST_USO4 | GUEST_USO6
 pub(super) const GUEST_OFFLOADS: u64 = LARGE | GUEST_CSUM | GUEST_ECN;
 
 /// What whoever moves the packets must be able to do: offloads, and packets over several buffers.
-pub(crate) const OFFLOADS: u64 = CSUM
+pub(crate) const CARRIED: u64 = CSUM
     | GUEST_CSUM
     | GUEST_TSO4
     | GUEST_TSO6
@@ -90,7 +90,7 @@ pub(super) fn offered(offloads: TapOffloads, mtu: bool, several_pairs: bool) -> 
 }
 
 /// What the specification calls a bit.
-pub(super) fn name(bit: u32) -> Option<&'static str> {
+pub(crate) fn name(bit: u32) -> Option<&'static str> {
     const NAMES: [(u64, &str); 23] = [
         (CSUM, "VIRTIO_NET_F_CSUM"),
         (GUEST_CSUM, "VIRTIO_NET_F_GUEST_CSUM"),

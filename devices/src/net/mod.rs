@@ -47,7 +47,7 @@ mod tap_tests;
 pub(crate) mod testing;
 
 pub use device::{Net, NetConfig, NetError};
-pub(crate) use features::OFFLOADS;
+pub(crate) use features::{CARRIED, name as feature_name};
 pub(crate) use front::NetFront;
 pub use mac::{MacAddr, MacError};
 pub use port::rarp_frame;

@@ -12,6 +12,8 @@ use super::*;
 use crate::interrupt::{InterruptLine, Unconnected};
 use crate::pci::{PciDevice, PciHotplug};
 use crate::testing::{LineLog, MsiLog, POWER_CONFIG, PowerLog};
+use crate::vhost_user::testing::{BackEnd, Manner};
+use crate::vhost_user::{VhostConfig, VhostKind, VhostUser};
 use crate::virtio::VirtioDevice;
 use crate::virtio::pci::tests::{Events, Sent};
 use crate::virtio::pci::{VirtioPci, VirtioPciState};
@@ -44,6 +46,25 @@ fn registers<D: BusDevice + Persist + 'static>(device: D) -> Made {
     Made::Registers(device.clone(), device)
 }
 
+/// A device of a vhost-user back end, which goes again at once.
+fn vhost(folder: &std::path::Path, name: &str, kind: VhostKind) -> Made {
+    let ranges = [RamRange {
+        gpa: 0,
+        len: 16 << 20,
+    }];
+    let ram = Arc::new(GuestRam::new(&ranges, Backing::Memfd { thp: false }).expect("memory"));
+    let socket = folder.join(name);
+    let _back_end = BackEnd::new(&socket, Manner::good());
+    let config = VhostConfig {
+        socket,
+        kind,
+        num_queues: 2,
+        queue_size: 64,
+    };
+    let device = VhostUser::new(name, config, Arc::clone(&ram)).expect("a device");
+    function(Arc::new(device), &ram)
+}
+
 /// One of each kind, by the name of its fixture. The images and sockets of those that need them are in the folder.
 fn devices(folder: &std::path::Path) -> Vec<(&'static str, Made)> {
     let ranges = [RamRange {
@@ -69,6 +90,14 @@ fn devices(folder: &std::path::Path) -> Vec<(&'static str, Made)> {
     };
     let second = folder.join("second");
     std::fs::write(&second, vec![0; 1 << 20]).expect("a file");
+    let block = VhostKind::Block { read_only: false };
+    let net = VhostKind::Net {
+        mac: "52:54:00:12:34:56".parse().expect("an address"),
+        mtu: Some(1400),
+    };
+    let fs = VhostKind::Fs {
+        tag: "share".to_owned(),
+    };
     let balloon = Balloon::new(ram.clone(), 4 << 20, BalloonOptions::default());
     vec![
         (
@@ -122,6 +151,9 @@ fn devices(folder: &std::path::Path) -> Vec<(&'static str, Made)> {
             "virtio-net-1",
             function(Arc::new(crate::net::testing::unconnected()), &ram),
         ),
+        ("virtio-vhost-blk-1", vhost(folder, "blk", block)),
+        ("virtio-vhost-net-1", vhost(folder, "net", net)),
+        ("virtio-vhost-fs-1", vhost(folder, "fs", fs)),
     ]
 }
 

@@ -68,7 +68,7 @@ pub(super) struct Connection {
     socket: UnixStream,
     /// REPLY_ACK was agreed on.
     pub(super) acknowledges: bool,
-    patience: Duration,
+    pub(super) patience: Duration,
 }
 
 impl Connection {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use memory::GuestRam;
 use serde::{Deserialize, Serialize};
@@ -58,6 +59,16 @@ struct Saved {
 impl VhostUser {
     /// Connects to the back end and agrees with it. `ram` must be shared memory.
     pub fn new(id: &str, config: VhostConfig, ram: Arc<GuestRam>) -> Result<Self, VhostError> {
+        Self::open(id, config, ram, PATIENCE)
+    }
+
+    /// The same, with a limit of time for each answer.
+    pub(super) fn open(
+        id: &str,
+        config: VhostConfig,
+        ram: Arc<GuestRam>,
+        patience: Duration,
+    ) -> Result<Self, VhostError> {
         check_queues(&config.kind, config.num_queues, config.queue_size)?;
         if ram.regions().iter().any(|region| region.file().is_none()) {
             let problem = "guest memory is not shared: set memory.shared";
@@ -65,7 +76,7 @@ impl VhostUser {
         }
         let queues = config.num_queues;
         let kind = Kind::new(config.kind, queues)?;
-        let mut session = Session::open(&config.socket, PATIENCE)?;
+        let mut session = Session::open(&config.socket, patience)?;
         let space = kind.introduce(&mut session, queues)?;
         let calls = (0..kind.rings(queues))
             .map(|_| EventFd::new(EFD_NONBLOCK))
@@ -80,6 +91,7 @@ impl VhostUser {
             session,
             space,
             (calls, wake),
+            patience,
         ));
         if let Some(front) = shared.kind.front() {
             let weak = Arc::downgrade(&shared);
@@ -212,6 +224,14 @@ impl VirtioDevice for VhostUser {
     fn features(&self) -> u64 {
         let kind = &self.shared.kind;
         self.shared.offer.features & kind.carried() | kind.own()
+    }
+
+    fn feature_name(&self, bit: u32) -> Option<&'static str> {
+        match &self.shared.kind {
+            Kind::Block { .. } => crate::block::feature_name(bit),
+            Kind::Net { .. } => crate::net::feature_name(bit),
+            Kind::Fs { .. } => None,
+        }
     }
 
     fn transport_features(&self) -> u64 {

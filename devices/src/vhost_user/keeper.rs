@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::message::BackendReq;
 
-use super::connection::PATIENCE;
 use super::error::VhostError;
 use super::link::Shared;
 use super::session::{Session, Watch, event_fd};
@@ -154,7 +153,7 @@ impl Keeper {
     /// Looks for the back end.
     fn look(&mut self) {
         let shared = &self.shared;
-        let found = Session::open(&shared.socket, PATIENCE).and_then(|mut session| {
+        let found = Session::open(&shared.socket, shared.patience).and_then(|mut session| {
             let space = shared.kind.introduce(&mut session, shared.queues)?;
             shared.check_offer(&session, &space)?;
             shared.install(session, space)

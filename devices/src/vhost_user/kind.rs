@@ -3,7 +3,7 @@
 use std::io;
 
 use super::error::VhostError;
-use crate::net::{MacAddr, NetFront, OFFLOADS};
+use crate::net::{CARRIED, MacAddr, NetFront};
 use crate::virtio::{DeviceType, read_space};
 
 /// `struct virtio_blk_config` up to `write_zeroes_may_unmap` and its padding: what the features below tell of, and no more than the least
@@ -122,7 +122,7 @@ impl Kind {
     pub(super) fn carried(&self) -> u64 {
         match self {
             Self::Block { .. } => BLOCK_FEATURES,
-            Self::Net { .. } => OFFLOADS,
+            Self::Net { .. } => CARRIED,
             Self::Fs { .. } => 0,
         }
     }

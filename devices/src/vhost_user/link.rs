@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::error::VhostError;
 use super::kind::{Kind, capacity};
 use super::log::DirtyLog;
-use super::session::{DRAIN_PATIENCE, Inflight, Offer, Session, Watch};
+use super::session::{DRAIN_FACTOR, Inflight, Offer, Session, Watch};
 use crate::virtio::{VirtioInterrupt, Virtqueue};
 
 /// How long the end of requests that are said to be over is waited for between two looks.
@@ -60,6 +60,8 @@ pub(super) struct Shared {
     /// Written when the keeper has to look again.
     pub(super) wake: EventFd,
     pub(super) stop: AtomicBool,
+    /// How long one answer may take.
+    pub(super) patience: Duration,
     state: Mutex<State>,
 }
 
@@ -104,6 +106,7 @@ impl Shared {
         session: Session,
         space: Vec<u8>,
         events: (Vec<EventFd>, EventFd),
+        patience: Duration,
     ) -> Self {
         let rings = kind.rings(queues);
         Self {
@@ -120,6 +123,7 @@ impl Shared {
             watch: Mutex::new(Some(Arc::clone(&session.watch))),
             wake: events.1,
             stop: AtomicBool::new(false),
+            patience,
             state: Mutex::new(State::new(session, rings)),
         }
     }
@@ -246,7 +250,7 @@ impl Shared {
         let mut ring = state.rings.get_mut(usize::from(index))?.take()?;
         let served = self.exchange(&mut state, |_, session| {
             let base = session.stop(index)?;
-            await_end(&ring.queue, base)?;
+            await_end(&ring.queue, base, self.patience * DRAIN_FACTOR)?;
             Ok(base)
         });
         match (served, ring.queue.indices()) {
@@ -336,8 +340,8 @@ impl Shared {
 }
 
 /// Some back ends answer before the requests that they have begun are done: waits for those. A position that cannot be is refused.
-fn await_end(queue: &Virtqueue, base: u16) -> Result<(), VhostError> {
-    let until = Instant::now() + DRAIN_PATIENCE;
+fn await_end(queue: &Virtqueue, base: u16, patience: Duration) -> Result<(), VhostError> {
+    let until = Instant::now() + patience;
     let size = (queue.rings()[0].1 / 16) as u16;
     let index = queue.index();
     loop {

@@ -39,6 +39,10 @@ mod kind;
 mod link;
 mod log;
 mod session;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;
 
 pub use device::{VhostConfig, VhostUser};
 pub use error::VhostError;

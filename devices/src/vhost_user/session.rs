@@ -34,8 +34,8 @@ const LOG_ALL: u64 = 1 << 26;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Most memory regions that every back end takes (VHOST_MEMORY_BASELINE_NREGIONS).
 const MAX_REGIONS: usize = 8;
-/// How long a back end may take to finish what is under way in a ring.
-pub(super) const DRAIN_PATIENCE: Duration = Duration::from_secs(30);
+/// A back end may take that many times longer than for other answers to finish what is under way in a ring.
+pub(super) const DRAIN_FACTOR: u32 = 6;
 
 /// What is used of the protocol if the back end has it.
 const WANTED: Protocol = Protocol::MQ
@@ -337,9 +337,10 @@ impl Session {
     pub(super) fn stop(&mut self, ring: u16) -> Result<u16, VhostError> {
         let body = state(ring, 0);
         let request = FrontendReq::GET_VRING_BASE;
+        let patience = self.connection.patience * DRAIN_FACTOR;
         let reply = self
             .connection
-            .ask_within(DRAIN_PATIENCE, request, body.as_slice(), &[])?;
+            .ask_within(patience, request, body.as_slice(), &[])?;
         let bytes: [u8; 8] = reply
             .body
             .as_slice()

@@ -60,11 +60,18 @@ impl Driver {
     pub(crate) const SIZE: u16 = 64;
 
     pub(crate) fn new(index: u16) -> Self {
+        Self::backed(index, Backing::Anonymous { thp: false })
+    }
+
+    /// In memory that another process can be given.
+    pub(crate) fn shared(index: u16) -> Self {
+        Self::backed(index, Backing::Memfd { thp: false })
+    }
+
+    fn backed(index: u16, backing: Backing) -> Self {
         let ranges = [RamRange { gpa: 0, len: RAM }];
         Self {
-            ram: Arc::new(
-                GuestRam::new(&ranges, Backing::Anonymous { thp: false }).expect("memory"),
-            ),
+            ram: Arc::new(GuestRam::new(&ranges, backing).expect("memory")),
             interrupt: Arc::default(),
             kick: Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd")),
             index,

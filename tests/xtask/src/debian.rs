@@ -12,11 +12,16 @@ use anyhow::{Context, Result, bail};
 use crate::run;
 
 /// A program the lab starts, the package it is in, and what it is for.
-const PROGRAMS: [(&str, &str, &str); 6] = [
+const PROGRAMS: [(&str, &str, &str); 7] = [
     (
         "qemu-system-x86_64",
         "qemu-system-x86",
         "the emulator that lab hosts run in",
+    ),
+    (
+        "qemu-storage-daemon",
+        "qemu-system-common",
+        "vhost-user back ends of disks; virtiofsd is in the same package",
     ),
     (
         "busybox",

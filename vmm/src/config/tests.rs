@@ -145,11 +145,7 @@ fn a_full_config_that_asks_for_nothing_special_is_accepted() {
 #[test]
 fn features_that_do_not_exist_are_refused_by_name() {
     let wanted = [
-        (
-            "disks.vhost_socket",
-            json!({"disks": [{"path": "disk.raw"}, {"path": "", "vhost_socket": "s"}]}),
-        ),
-        ("net.vhost_user", json!({"net": [{"vhost_user": true}]})),
+        ("fs.pci_segment", json!({"fs": [{"tag": "t", "socket": "s", "pci_segment": 1}]})),
         (
             "vsock.iommu",
             json!({"vsock": {"cid": 3, "socket": "s", "iommu": true}}),
@@ -517,4 +513,54 @@ fn a_disk_has_no_name_of_another_device() {
         }
     }
     accepted(json!({"disks": [{"path": "p", "id": "rng0"}]}));
+}
+
+#[test]
+fn devices_of_vhost_user_back_ends() {
+    let shared = json!({"size": 1 << 30, "shared": true});
+    let parsed = accepted(json!({
+        "memory": shared.clone(),
+        "disks": [{"vhost_user": true, "vhost_socket": "d", "path": null, "readonly": true}],
+        "net": [{"vhost_user": true, "vhost_socket": "n", "vhost_mode": "Client", "mtu": 1400, "num_queues": 4}],
+        "fs": [{"tag": "share", "socket": "f", "pci_segment": 0}],
+    }));
+    assert_eq!(parsed.disks[0].back_end(), Some("d".as_ref()));
+    assert_eq!(parsed.disks[0].num_queues, 1);
+    assert_eq!(parsed.net[0].back_end(), Some("n".as_ref()));
+    assert_eq!(parsed.fs[0].id.as_deref(), Some("_fs0"));
+    assert_eq!(parsed.fs[0].queue_size, 1024);
+    // What is written for a destination reads back.
+    let json = serde_json::to_vec(&parsed).expect("encodes");
+    assert_eq!(VmConfig::from_peer(&json), Ok(parsed));
+
+    let disk = |more: &str| format!(r#"{{"disks": [{{"vhost_user": true, "vhost_socket": "s"{more}}}]}}"#);
+    let net = |more: &str| format!(r#"{{"net": [{{"vhost_user": true, "vhost_socket": "s"{more}}}]}}"#);
+    let plain = |json: &str| json.to_owned();
+    for (named, json) in [
+        ("disks.vhost_socket", plain(r#"{"disks": [{"vhost_user": true}]}"#)),
+        ("disks.vhost_user", plain(r#"{"disks": [{"path": "a", "vhost_socket": "s"}]}"#)),
+        ("disks.path", plain(r#"{"disks": [{}]}"#)),
+        ("disks.path", disk(r#", "path": "a""#)),
+        ("disks.direct", disk(r#", "direct": true"#)),
+        ("disks.serial", disk(r#", "serial": "a""#)),
+        ("disks.rate_limiter_config", disk(r#", "rate_limiter_config": {}"#)),
+        ("net.vhost_socket", plain(r#"{"net": [{"vhost_user": true}]}"#)),
+        ("net.vhost_user", plain(r#"{"net": [{"vhost_socket": "s"}]}"#)),
+        ("net.tap", net(r#", "tap": "t""#)),
+        ("net.ip", net(r#", "ip": "10.0.0.1""#)),
+        ("net.vhost_mode", net(r#", "vhost_mode": "Server""#)),
+        ("net.num_queues", net(r#", "num_queues": 3"#)),
+        ("fs.tag", plain(r#"{"fs": [{"tag": "", "socket": "s"}]}"#)),
+        ("fs.tag", plain(r#"{"fs": [{"tag": "t", "socket": "s"}, {"tag": "t", "socket": "u"}]}"#)),
+        ("fs.queue_size", plain(r#"{"fs": [{"tag": "t", "socket": "s", "queue_size": 3}]}"#)),
+        ("id", plain(r#"{"fs": [{"tag": "t", "socket": "s", "id": "rng"}]}"#)),
+    ] {
+        let mut over: Value = serde_json::from_str(&json).expect("JSON");
+        over["memory"] = shared.clone();
+        let error = parse(&config(over)).expect_err(named).to_string();
+        assert!(error.starts_with(&format!("{named}: ")), "{json}: {error}");
+    }
+    let private = json!({"fs": [{"tag": "t", "socket": "s"}]});
+    let error = parse(&config(private)).expect_err("private").to_string();
+    assert!(error.starts_with("memory.shared: "), "{error}");
 }

@@ -77,8 +77,13 @@ fn configs(folder: &Folder) -> Result<()> {
         ("/cpus/boot_vcpus", json!(100_000), &["cpus.boot_vcpus"]),
         (
             "/disks",
-            json!([{"path": "a", "vhost_user": true}]),
-            &["disks.vhost_user", "leave it out"],
+            json!([{"path": "a", "vhost_user": true, "vhost_socket": "s"}]),
+            &["disks.path", "leave it out"],
+        ),
+        (
+            "/disks",
+            json!([{"vhost_user": true, "vhost_socket": "s"}]),
+            &["memory.shared", "set"],
         ),
         (
             "/disks",
