@@ -145,7 +145,10 @@ fn a_full_config_that_asks_for_nothing_special_is_accepted() {
 #[test]
 fn features_that_do_not_exist_are_refused_by_name() {
     let wanted = [
-        ("fs.pci_segment", json!({"fs": [{"tag": "t", "socket": "s", "pci_segment": 1}]})),
+        (
+            "fs.pci_segment",
+            json!({"fs": [{"tag": "t", "socket": "s", "pci_segment": 1}]}),
+        ),
         (
             "vsock.iommu",
             json!({"vsock": {"cid": 3, "socket": "s", "iommu": true}}),
@@ -533,27 +536,53 @@ fn devices_of_vhost_user_back_ends() {
     let json = serde_json::to_vec(&parsed).expect("encodes");
     assert_eq!(VmConfig::from_peer(&json), Ok(parsed));
 
-    let disk = |more: &str| format!(r#"{{"disks": [{{"vhost_user": true, "vhost_socket": "s"{more}}}]}}"#);
-    let net = |more: &str| format!(r#"{{"net": [{{"vhost_user": true, "vhost_socket": "s"{more}}}]}}"#);
+    let disk =
+        |more: &str| format!(r#"{{"disks": [{{"vhost_user": true, "vhost_socket": "s"{more}}}]}}"#);
+    let net =
+        |more: &str| format!(r#"{{"net": [{{"vhost_user": true, "vhost_socket": "s"{more}}}]}}"#);
     let plain = |json: &str| json.to_owned();
     for (named, json) in [
-        ("disks.vhost_socket", plain(r#"{"disks": [{"vhost_user": true}]}"#)),
-        ("disks.vhost_user", plain(r#"{"disks": [{"path": "a", "vhost_socket": "s"}]}"#)),
+        (
+            "disks.vhost_socket",
+            plain(r#"{"disks": [{"vhost_user": true}]}"#),
+        ),
+        (
+            "disks.vhost_user",
+            plain(r#"{"disks": [{"path": "a", "vhost_socket": "s"}]}"#),
+        ),
         ("disks.path", plain(r#"{"disks": [{}]}"#)),
         ("disks.path", disk(r#", "path": "a""#)),
         ("disks.direct", disk(r#", "direct": true"#)),
         ("disks.serial", disk(r#", "serial": "a""#)),
-        ("disks.rate_limiter_config", disk(r#", "rate_limiter_config": {}"#)),
-        ("net.vhost_socket", plain(r#"{"net": [{"vhost_user": true}]}"#)),
-        ("net.vhost_user", plain(r#"{"net": [{"vhost_socket": "s"}]}"#)),
+        (
+            "disks.rate_limiter_config",
+            disk(r#", "rate_limiter_config": {}"#),
+        ),
+        (
+            "net.vhost_socket",
+            plain(r#"{"net": [{"vhost_user": true}]}"#),
+        ),
+        (
+            "net.vhost_user",
+            plain(r#"{"net": [{"vhost_socket": "s"}]}"#),
+        ),
         ("net.tap", net(r#", "tap": "t""#)),
         ("net.ip", net(r#", "ip": "10.0.0.1""#)),
         ("net.vhost_mode", net(r#", "vhost_mode": "Server""#)),
         ("net.num_queues", net(r#", "num_queues": 3"#)),
         ("fs.tag", plain(r#"{"fs": [{"tag": "", "socket": "s"}]}"#)),
-        ("fs.tag", plain(r#"{"fs": [{"tag": "t", "socket": "s"}, {"tag": "t", "socket": "u"}]}"#)),
-        ("fs.queue_size", plain(r#"{"fs": [{"tag": "t", "socket": "s", "queue_size": 3}]}"#)),
-        ("id", plain(r#"{"fs": [{"tag": "t", "socket": "s", "id": "rng"}]}"#)),
+        (
+            "fs.tag",
+            plain(r#"{"fs": [{"tag": "t", "socket": "s"}, {"tag": "t", "socket": "u"}]}"#),
+        ),
+        (
+            "fs.queue_size",
+            plain(r#"{"fs": [{"tag": "t", "socket": "s", "queue_size": 3}]}"#),
+        ),
+        (
+            "id",
+            plain(r#"{"fs": [{"tag": "t", "socket": "s", "id": "rng"}]}"#),
+        ),
     ] {
         let mut over: Value = serde_json::from_str(&json).expect("JSON");
         over["memory"] = shared.clone();
