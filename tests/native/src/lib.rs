@@ -10,6 +10,6 @@
 pub mod api;
 pub mod back_end;
 pub mod console;
+pub mod disk_server;
 pub mod process;
 pub mod relay;
-pub mod storage_daemon;

@@ -1,14 +1,15 @@
-//! Disks that another process serves by vhost-user.
+//! Disks that another process serves by vhost-user: read, written, moved, paused, and their back ends killed.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 use guests::Report;
 use libtest_mimic::Trial;
 use native::back_end::Hosts;
 use native::console::Console;
+use native::disk_server::{DiskServer, Server};
 use native::process::{Folder, Vmm};
-use native::storage_daemon::StorageDaemon;
 use serde_json::{Value, json};
 
 use crate::boot::LIMIT;
@@ -16,18 +17,46 @@ use crate::disks::{BLOCKS, expect_image, image};
 use crate::matrix::guest_trials;
 use crate::moves::move_guest_with;
 
+/// Times that a back end is killed at most until it has had requests under way.
+const KILLS: usize = 20;
+
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
-    trials.extend(guest_trials(&Hosts::ALIKE, "vhost::read", reads));
+    let kvm = &Hosts::ALIKE[..1];
+    for server in [Server::Qemu, Server::Ours] {
+        let name = |what: &str| format!("vhost::{what}::{}", server.name());
+        trials.extend(guest_trials(&Hosts::ALIKE, name("read"), move |folder| {
+            reads(folder, server)
+        }));
+        trials.extend(guest_trials(
+            &Hosts::ALL,
+            name("moved_while_writing"),
+            move |folder| moves(folder, server),
+        ));
+        trials.extend(guest_trials(kvm, name("snapshot"), move |folder| {
+            snapshot(folder, server)
+        }));
+        trials.extend(guest_trials(
+            kvm,
+            name("killed_while_idle"),
+            move |folder| killed_while_idle(folder, server),
+        ));
+    }
     trials.extend(guest_trials(
-        &Hosts::ALL,
-        "vhost::moved_while_writing",
-        moves,
+        &Hosts::ALIKE,
+        "vhost::killed_while_writing",
+        killed_while_writing,
     ));
+    trials.extend(guest_trials(
+        kvm,
+        "vhost::killed_without_notes",
+        killed_without_notes,
+    ));
+    trials.extend(guest_trials(kvm, "vhost::refused", refused));
     trials
 }
 
-fn config(folder: &Folder, socket: &std::path::Path, queues: u32, cmdline: &str) -> Result<Value> {
+fn config(folder: &Folder, socket: &Path, queues: u32, cmdline: &str) -> Result<Value> {
     let kernel = folder.write("block.elf", guests::BLOCK)?;
     Ok(json!({
         "payload": {"kernel": kernel, "cmdline": cmdline},
@@ -35,6 +64,16 @@ fn config(folder: &Folder, socket: &std::path::Path, queues: u32, cmdline: &str)
         "memory": {"size": 64 << 20, "shared": true},
         "disks": [{"vhost_user": true, "vhost_socket": socket, "num_queues": queues, "id": "disk"}],
     }))
+}
+
+const WRITES: &str = "work=write report_ms=100 queues=2";
+
+/// A machine whose guest writes a disk and reads it again all the time.
+fn writing(folder: &Folder, vmm: &Vmm, server: Server, socket: &Path) -> Result<DiskServer> {
+    let (image, _) = image(folder)?;
+    let daemon = DiskServer::start(server, &image, socket, 2)?;
+    vmm.boot(config(folder, socket, 2, WRITES)?)?;
+    Ok(daemon)
 }
 
 /// The guest has found everything as it has written it; how often it has written the disk.
@@ -47,10 +86,10 @@ fn expect_whole(console: &mut Console) -> Result<u64> {
     Ok(counts.passes)
 }
 
-fn reads(folder: &Folder) -> Result<()> {
+fn reads(folder: &Folder, server: Server) -> Result<()> {
     let (image, checksum) = image(folder)?;
     let socket = folder.join("disk.vhost");
-    let _daemon = StorageDaemon::start(&image, &socket, 2)?;
+    let _daemon = DiskServer::start(server, &image, &socket, 2)?;
     let vmm = Vmm::serve(folder, "vmm")?;
     vmm.boot(config(folder, &socket, 2, "run_ms=50 queues=2")?)?;
     let mut console = vmm.console()?;
@@ -62,25 +101,24 @@ fn reads(folder: &Folder) -> Result<()> {
     expect_image(&mut console, checksum)?;
     console.send(&[guests::ASK_MEASUREMENT])?;
     console.line("block: result", LIMIT)?;
-    vmm.api().put("vm.pause", &Value::Null)?;
-    std::thread::sleep(Duration::from_millis(20));
-    vmm.api().put("vm.resume", &Value::Null)?;
+    for _ in 0..3 {
+        vmm.api().put("vm.pause", &Value::Null)?;
+        vmm.api().put("vm.resume", &Value::Null)?;
+        expect_image(&mut console, checksum)?;
+    }
+    // A reboot is a new machine with a new connection.
+    vmm.api().put("vm.reboot", &Value::Null)?;
+    let mut console = vmm.console()?;
     expect_image(&mut console, checksum)?;
     Ok(())
 }
 
-fn moves(folder: &Folder) -> Result<()> {
-    let (image, _) = image(folder)?;
+fn moves(folder: &Folder, server: Server) -> Result<()> {
     let mut from = Vmm::serve(folder, "source")?;
     let mut to = Vmm::serve(folder, "destination")?;
     let sockets = [folder.join("a.vhost"), folder.join("b.vhost")];
-    let mut daemon = StorageDaemon::start(&image, &sockets[0], 2)?;
-    from.boot(config(
-        folder,
-        &sockets[0],
-        2,
-        "work=write report_ms=100 queues=2",
-    )?)?;
+    let mut daemon = writing(folder, &from, server, &sockets[0])?;
+    let image = folder.join("disk.raw");
     let mut passes = 0;
     let mut console = from.console()?;
     console.line("block: report", LIMIT)?;
@@ -89,7 +127,7 @@ fn moves(folder: &Folder) -> Result<()> {
         ensure!(before > passes, "{before} passes, {passes} before");
         passes = before;
         let socket = &sockets[number % 2];
-        let next = StorageDaemon::start(&image, socket, 2)?;
+        let next = DiskServer::start(server, &image, socket, 2)?;
         move_guest_with(
             &from,
             &to,
@@ -98,13 +136,209 @@ fn moves(folder: &Folder) -> Result<()> {
         )?;
         console = to.console()?;
         from.api().put("vm.delete", &Value::Null)?;
-        daemon = next;
+        drop(std::mem::replace(&mut daemon, next));
         std::mem::swap(&mut from, &mut to);
     }
-    drop(console);
-    console = from.console()?;
     let after = expect_whole(&mut console)?;
     ensure!(after > passes, "{after} passes, {passes} before the move");
-    drop(daemon);
+    Ok(())
+}
+
+fn snapshot(folder: &Folder, server: Server) -> Result<()> {
+    let first = Vmm::serve(folder, "first")?;
+    let mut daemon = writing(folder, &first, server, &folder.join("a.vhost"))?;
+    let mut console = first.console()?;
+    let before = expect_whole(&mut console)?;
+    first.api().put("vm.pause", &Value::Null)?;
+    let url = format!("file://{}", folder.join("snapshot").display());
+    first
+        .api()
+        .put("vm.snapshot", &json!({"destination_url": url}))?;
+    let copy = folder.join("copy.raw");
+    std::fs::copy(folder.join("disk.raw"), &copy)?;
+    // It goes on here, and again from the snapshot on a disk of its own.
+    first.api().put("vm.resume", &Value::Null)?;
+    ensure!(
+        expect_whole(&mut console)? > before,
+        "the first does not go on"
+    );
+    drop(first);
+    daemon.kill();
+    let second = Vmm::serve(folder, "second")?;
+    let socket = folder.join("b.vhost");
+    let _daemon = DiskServer::start(server, &copy, &socket, 2)?;
+    let request = json!({
+        "source_url": url, "resume": true, "vhost": {"disk": socket},
+        "serial": {"mode": "Socket", "socket": second.serial()},
+    });
+    second.api().put("vm.restore", &request)?;
+    let after = expect_whole(&mut second.console()?)?;
+    ensure!(
+        after > before,
+        "{after} passes, {before} before the snapshot"
+    );
+    Ok(())
+}
+
+fn killed_while_idle(folder: &Folder, server: Server) -> Result<()> {
+    let (image, checksum) = image(folder)?;
+    let socket = folder.join("disk.vhost");
+    let mut daemon = DiskServer::start(server, &image, &socket, 2)?;
+    let vmm = Vmm::serve(folder, "vmm")?;
+    vmm.boot(config(folder, &socket, 2, "queues=2")?)?;
+    let mut console = vmm.console()?;
+    for _ in 0..3 {
+        expect_image(&mut console, checksum)?;
+        daemon.restart()?;
+        // While it is paused, too.
+        vmm.api().put("vm.pause", &Value::Null)?;
+        connected(&vmm, true)?;
+        daemon.restart()?;
+        vmm.api().put("vm.resume", &Value::Null)?;
+        connected(&vmm, true)?;
+    }
+    expect_image(&mut console, checksum)?;
+    ensure!(vmm.log().contains("is back after"), "{}", vmm.log());
+    Ok(())
+}
+
+/// Waits until the device has its back end, or has none.
+fn connected(vmm: &Vmm, wanted: bool) -> Result<()> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let counters = vmm.api().get("vm.counters")?;
+        if counters["disk"]["connected"] == json!(u8::from(wanted)) {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{counters}: {}", vmm.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A back end that answers out of order, and notes what it has begun, is killed in the midst of it: no write is lost, none comes twice.
+fn killed_while_writing(folder: &Folder) -> Result<()> {
+    let vmm = Vmm::serve(folder, "vmm")?;
+    let mut daemon = writing(folder, &vmm, Server::Ours, &folder.join("disk.vhost"))?;
+    let mut console = vmm.console()?;
+    console.line("block: report", LIMIT)?;
+    let mut passes = expect_whole(&mut console)?;
+    for number in 0..KILLS {
+        std::thread::sleep(Duration::from_millis(7 * number as u64));
+        daemon.restart()?;
+        let now = expect_whole(&mut console)?;
+        ensure!(now > passes, "{now} passes, {passes} before");
+        passes = now;
+        if number >= 5 && daemon.log().contains("requests are begun again") {
+            break;
+        }
+    }
+    ensure!(
+        daemon.log().contains("requests are begun again"),
+        "it was always killed while idle: {}",
+        daemon.log()
+    );
+    // Without it the machine pauses and says what cannot be done; what was under way is done when it is back.
+    daemon.kill();
+    connected(&vmm, false)?;
+    vmm.api().put("vm.pause", &Value::Null)?;
+    let url = format!("file://{}", folder.join("snapshot").display());
+    for (path, body) in [
+        (
+            "vm.send-migration",
+            json!({"destination_url": "tcp:127.0.0.1:1"}),
+        ),
+        ("vm.snapshot", json!({"destination_url": url})),
+    ] {
+        let answer = vmm.api().request("PUT", path, &body)?;
+        ensure!(
+            answer.status == 409
+                && answer.message().contains("device disk")
+                && answer.message().contains("gone"),
+            "{path}: {answer:?}"
+        );
+    }
+    vmm.api().put("vm.resume", &Value::Null)?;
+    daemon.restart()?;
+    ensure!(
+        expect_whole(&mut console)? > passes,
+        "the guest does not go on"
+    );
+    // And paused while it is gone, back while paused.
+    daemon.kill();
+    vmm.api().put("vm.pause", &Value::Null)?;
+    daemon.restart()?;
+    connected(&vmm, true)?;
+    vmm.api().put("vm.resume", &Value::Null)?;
+    expect_whole(&mut console)?;
+    Ok(())
+}
+
+/// `qemu-storage-daemon` does not note what it has begun: the device needs a reset, and the machine lives.
+fn killed_without_notes(folder: &Folder) -> Result<()> {
+    let vmm = Vmm::serve(folder, "vmm")?;
+    let mut daemon = writing(folder, &vmm, Server::Qemu, &folder.join("disk.vhost"))?;
+    let mut console = vmm.console()?;
+    console.line("block: report", LIMIT)?;
+    daemon.restart()?;
+    connected(&vmm, true)?;
+    let deadline = Instant::now() + LIMIT;
+    while !vmm.log().contains("the device needs a reset") {
+        ensure!(Instant::now() < deadline, "{}", vmm.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    vmm.api().put("vm.pause", &Value::Null)?;
+    vmm.api().put("vm.resume", &Value::Null)?;
+    // A new machine has the disk again.
+    vmm.api().put("vm.reboot", &Value::Null)?;
+    expect_whole(&mut vmm.console()?)?;
+    Ok(())
+}
+
+/// No back end, a destination that is not told of one, and a device of one that comes while the guest runs.
+fn refused(folder: &Folder) -> Result<()> {
+    let vmm = Vmm::serve(folder, "vmm")?;
+    let socket = folder.join("disk.vhost");
+    let (image, _) = image(folder)?;
+    let mut nowhere = config(folder, &socket, 2, WRITES)?;
+    nowhere["serial"] = json!({"mode": "Null"});
+    vmm.api().put("vm.create", &nowhere)?;
+    let answer = vmm.api().request("PUT", "vm.boot", &Value::Null)?;
+    ensure!(
+        answer.status == 409
+            && answer
+                .message()
+                .contains("no vhost-user back end answers at"),
+        "{answer:?}"
+    );
+    vmm.api().put("vm.delete", &Value::Null)?;
+    let _daemon = DiskServer::start(Server::Ours, &image, &socket, 2)?;
+    vmm.boot(config(folder, &socket, 2, WRITES)?)?;
+    let mut console = vmm.console()?;
+    expect_whole(&mut console)?;
+    let other = Vmm::serve(folder, "other")?;
+    let (job, url) = other.receive("tcp:127.0.0.1:0")?;
+    let answer = vmm
+        .api()
+        .request("PUT", "vm.send-migration", &json!({"destination_url": url}))?;
+    ensure!(
+        answer.status == 409 && answer.message().contains("--vhost ID=SOCKET"),
+        "{answer:?}"
+    );
+    other.api().wait_job(job, LIMIT)?;
+    // Hot-added and taken away.
+    let second = folder.join("second.vhost");
+    let disk = json!({"vhost_user": true, "vhost_socket": second, "id": "second"});
+    let answer = vmm.api().request("PUT", "vm.add-disk", &disk)?;
+    ensure!(
+        answer.message().contains("no vhost-user back end"),
+        "{answer:?}"
+    );
+    let _second = DiskServer::start(Server::Qemu, &image, &second, 1)?;
+    let added = vmm.api().put("vm.add-disk", &disk)?;
+    ensure!(
+        added["id"] == "second" && added["bdf"].is_string(),
+        "{added}"
+    );
+    expect_whole(&mut console)?;
     Ok(())
 }
