@@ -178,7 +178,7 @@ struct Handler {
 
 impl Handler {
     /// How many bytes a request has got; none if it has to wait.
-    fn fill(&self, queue: &Virtqueue, chain: &Chain) -> Result<Option<u32>, QueueError> {
+    fn fill(&self, queue: &mut Virtqueue, chain: &Chain) -> Result<Option<u32>, QueueError> {
         let wanted = chain.writable.len().min(MAX_REQUEST_BYTES);
         let mut chunk = [0; CHUNK];
         let mut done = 0;
@@ -187,9 +187,7 @@ impl Handler {
             let Some(count) = self.source.read(&mut chunk[..len])? else {
                 break;
             };
-            chain
-                .writable
-                .write(queue.memory(), done, &chunk[..count])?;
+            queue.write(&chain.writable, done, &chunk[..count])?;
             done += count as u64;
         }
         Ok((done > 0 || wanted == 0).then_some(done as u32))

@@ -112,10 +112,13 @@ impl Handler {
                 read_only: self.shared.disk.read_only(),
                 discard: self.shared.disk.discard().is_some(),
                 parts: self.shared.parts,
-                serial: &self.shared.serial,
             };
             match Request::parse(&chain, queue.memory(), limits)? {
-                Request::Answer { status, written } => answer(queue, &chain, status, written)?,
+                Request::Answer { status } => answer(queue, &chain, status, 0)?,
+                Request::Identify { len } => {
+                    queue.write(&chain.writable, 0, &self.shared.serial[..len])?;
+                    answer(queue, &chain, OK, len as u32)?;
+                }
                 Request::Do {
                     kind,
                     operation,
@@ -193,6 +196,7 @@ impl Handler {
             }
         }
         self.done = done;
+        queue.publish();
         result
     }
 
@@ -213,10 +217,7 @@ impl Handler {
         let read = pending.kind == Kind::Read;
         if read {
             // Also after a failure: a part may have been written.
-            pending
-                .chain
-                .writable
-                .mark_dirty(queue.memory(), pending.bytes)?;
+            queue.written(&pending.chain.writable, pending.bytes);
         }
         let written = if read && result.is_ok() {
             pending.bytes as u32
@@ -290,7 +291,7 @@ fn answer(
     written: u32,
 ) -> Result<(), QueueError> {
     let at = chain.writable.len() - 1;
-    chain.writable.write(queue.memory(), at, &[status])?;
+    queue.write(&chain.writable, at, &[status])?;
     queue.complete(chain.head, written + 1)
 }
 

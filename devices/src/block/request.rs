@@ -50,14 +50,13 @@ struct Range {
 
 /// The disk, as far as it decides on requests.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits<'a> {
+pub(super) struct Limits {
     /// In sectors.
     pub(super) capacity: u64,
     pub(super) read_only: bool,
     pub(super) discard: bool,
     /// Buffers of a request: what is kept for one stays bounded.
     pub(super) parts: usize,
-    pub(super) serial: &'a [u8; SERIAL_LEN],
 }
 
 /// What kind of operation it is, for counters and the log.
@@ -82,29 +81,22 @@ pub(super) enum Request {
         /// Data that it moves.
         bytes: u64,
     },
-    /// Answer at once, with so many bytes before the status written.
-    Answer { status: u8, written: u32 },
+    /// Answer with the first bytes of the serial number.
+    Identify { len: usize },
+    /// Answer at once.
+    Answer { status: u8 },
 }
 
-const REFUSED: Request = Request::Answer {
-    status: IOERR,
-    written: 0,
-};
-const UNKNOWN: Request = Request::Answer {
-    status: UNSUPP,
-    written: 0,
-};
-const NOTHING: Request = Request::Answer {
-    status: OK,
-    written: 0,
-};
+const REFUSED: Request = Request::Answer { status: IOERR };
+const UNKNOWN: Request = Request::Answer { status: UNSUPP };
+const NOTHING: Request = Request::Answer { status: OK };
 
 impl Request {
     /// Reads a chain. An error is one that cannot be answered, for want of a header or of room for a status.
     pub(super) fn parse(
         chain: &Chain,
         memory: &GuestMemoryMmap,
-        limits: Limits<'_>,
+        limits: Limits,
     ) -> Result<Self, QueueError> {
         let mut header = Header::default();
         if chain.readable.read(memory, 0, header.as_mut_bytes())? < size_of::<Header>() {
@@ -155,14 +147,9 @@ impl Request {
                 sector: 0,
                 bytes: 0,
             },
-            GET_ID => {
-                let written = room.min(SERIAL_LEN as u64) as usize;
-                chain.writable.write(memory, 0, &limits.serial[..written])?;
-                Self::Answer {
-                    status: OK,
-                    written: written as u32,
-                }
-            }
+            GET_ID => Self::Identify {
+                len: room.min(SERIAL_LEN as u64) as usize,
+            },
             DISCARD if !limits.discard && !limits.read_only => UNKNOWN,
             kind @ (DISCARD | WRITE_ZEROES) => {
                 let mut range = Range::default();
@@ -180,14 +167,14 @@ impl Request {
 }
 
 /// Where a transfer begins in bytes, if it is within the disk and of whole sectors.
-fn transfer(sector: u64, bytes: u64, limits: Limits<'_>) -> Option<u64> {
+fn transfer(sector: u64, bytes: u64, limits: Limits) -> Option<u64> {
     // The used ring counts in 32 bits, the status included.
     let sane = bytes.is_multiple_of(SECTOR) && bytes < u64::from(u32::MAX);
     let end = sector.checked_add(bytes / SECTOR)?;
     (sane && end <= limits.capacity).then(|| sector * SECTOR)
 }
 
-fn of_range(kind: u32, range: &Range, limits: Limits<'_>) -> Request {
+fn of_range(kind: u32, range: &Range, limits: Limits) -> Request {
     let (sector, flags) = (range.sector.get(), range.flags.get());
     let sectors = range.num_sectors.get();
     if flags & !UNMAP != 0 || (kind == DISCARD && flags != 0) {

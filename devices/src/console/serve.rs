@@ -81,7 +81,7 @@ impl Handler {
                     let waits = self.port.want();
                     return Ok(Some(if waits { Served::Waits } else { Served::Done }));
                 }
-                chain.writable.write(queue.memory(), 0, &bytes)? as u32
+                queue.write(&chain.writable, 0, &bytes)? as u32
             }
             Direction::Transmit => {
                 let len = chain.readable.len().min(OUTPUT_CAPACITY as u64) as usize;

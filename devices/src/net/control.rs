@@ -144,7 +144,7 @@ impl QueueHandler for Control {
                 chain.readable.read(queue.memory(), 0, &mut command)?;
                 self.carry_out(&command).map_or(ERR, |()| OK)
             };
-            chain.writable.write(queue.memory(), 0, &[answer])?;
+            queue.write(&chain.writable, 0, &[answer])?;
             queue.complete(chain.head, 1)?;
         }
         queue.kick().write(1)?;

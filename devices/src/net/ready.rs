@@ -2,8 +2,6 @@
 
 use std::collections::VecDeque;
 
-use memory::GuestMemoryMmap;
-
 use super::{HEADER_LEN, MAX_IOVECS, NUM_BUFFERS};
 use crate::virtio::{Chain, QueueError, Virtqueue};
 
@@ -44,7 +42,8 @@ impl Ready {
                     "a receive buffer is shorter than a packet's header",
                 ));
             }
-            let host = chain.writable.iovecs(queue.memory())?;
+            let mut host = Vec::with_capacity(chain.writable.parts().len());
+            chain.writable.iovecs(queue.memory(), &mut host)?;
             self.bytes += chain.writable.len();
             self.all.push_back(Buffers { chain, host });
         }
@@ -60,23 +59,22 @@ impl Ready {
     }
 
     /// Says that the system has written the first `len` bytes.
-    pub(super) fn mark_dirty(&self, memory: &GuestMemoryMmap, len: u64) -> Result<(), QueueError> {
+    pub(super) fn written(&self, queue: &mut Virtqueue, len: u64) {
         let mut left = len;
         for buffers in &self.all {
             if left == 0 {
                 break;
             }
             let part = left.min(buffers.chain.writable.len());
-            buffers.chain.writable.mark_dirty(memory, part)?;
+            queue.written(&buffers.chain.writable, part);
             left -= part;
         }
-        Ok(())
     }
 
     /// Copies bytes to where byte `offset` of all the room is.
     pub(super) fn write(
         &self,
-        memory: &GuestMemoryMmap,
+        queue: &mut Virtqueue,
         offset: u64,
         bytes: &[u8],
     ) -> Result<(), QueueError> {
@@ -90,7 +88,7 @@ impl Ready {
                 skip -= room;
                 continue;
             }
-            let done = buffers.chain.writable.write(memory, skip, left)?;
+            let done = queue.write(&buffers.chain.writable, skip, left)?;
             left = &left[done..];
             skip = 0;
         }
@@ -99,23 +97,26 @@ impl Ready {
 
     /// Shows the driver a packet that fills the first `len` bytes.
     pub(super) fn complete(&mut self, queue: &mut Virtqueue, len: u64) -> Result<(), QueueError> {
-        let mut used = Vec::with_capacity(1);
-        let mut left = len;
-        while left > 0
-            && let Some(buffers) = self.all.get(used.len())
+        let (mut count, mut room) = (0_usize, 0);
+        while room < len
+            && let Some(buffers) = self.all.get(count)
         {
-            let part = left.min(buffers.chain.writable.len());
-            // At most MAX_PACKET.
-            used.push((buffers.chain.head, part as u32));
-            left -= part;
+            room += buffers.chain.writable.len();
+            count += 1;
         }
         // Not more than the queue has descriptors.
-        let count = (used.len() as u16).to_le_bytes();
-        self.write(queue.memory(), NUM_BUFFERS, &count)?;
-        for buffers in self.all.drain(..used.len()) {
+        let num_buffers = (count as u16).to_le_bytes();
+        self.write(queue, NUM_BUFFERS, &num_buffers)?;
+        let mut left = len;
+        for buffers in self.all.drain(..count) {
+            let part = left.min(buffers.chain.writable.len());
+            left -= part;
             self.bytes -= buffers.chain.writable.len();
+            // At most MAX_PACKET.
+            queue.complete(buffers.chain.head, part as u32)?;
         }
-        queue.complete_together(&used)
+        queue.publish();
+        Ok(())
     }
 
     /// Puts all back into the queue.

@@ -8,7 +8,7 @@
 //!   │        ▼
 //!   │     all in the buffers? ── no ─────► take more; keep the rest in the host until there are enough, for PATIENCE
 //!   │        ▼
-//!   └── mark dirty, num_buffers, complete
+//!   └── num_buffers, complete, publish
 //! ```
 
 use std::io;
@@ -153,7 +153,7 @@ impl Rx {
             }
         };
         let placed = len.min(room);
-        self.ready.mark_dirty(queue.memory(), placed as u64)?;
+        self.ready.written(queue, placed as u64);
         if len < HEADER_LEN || len >= room + self.spill.len() {
             // Nothing at all is an end of file: it would be there again at once.
             self.resting = len == 0;
@@ -185,8 +185,7 @@ impl Rx {
         };
         if self.fill_or_be_told(queue, partial.len as u64)? {
             let rest = &self.spill[..partial.len - partial.placed];
-            self.ready
-                .write(queue.memory(), partial.placed as u64, rest)?;
+            self.ready.write(queue, partial.placed as u64, rest)?;
             self.complete(queue, partial.len)?;
         } else if Instant::now() >= partial.until {
             self.shared.counters.rx.dropped.add(1);

@@ -78,7 +78,8 @@ impl Tx {
             tx.errors.add(1);
             return Ok(Sent::Gone);
         }
-        let buffers = chain.readable.iovecs(queue.memory())?;
+        let mut buffers = Vec::with_capacity(chain.readable.parts().len());
+        chain.readable.iovecs(queue.memory(), &mut buffers)?;
         if buffers.len() > MAX_IOVECS {
             tx.errors.add(1);
             return Ok(Sent::Gone);

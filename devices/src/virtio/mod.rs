@@ -19,13 +19,16 @@
 
 pub mod pci;
 pub mod queue;
+mod ring;
+mod segments;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod worker;
 
 use std::io;
 
-pub use queue::{Chain, QueueError, Segments, VirtioInterrupt, Virtqueue};
+pub use queue::{QueueError, VirtioInterrupt, Virtqueue};
+pub use segments::{Chain, Segments};
 pub use worker::{QueueHandler, Worker};
 
 /// VIRTIO_F_VERSION_1 and what else the transport and the queues bring for every device (section 6): indirect descriptors (28), event

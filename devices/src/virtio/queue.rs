@@ -5,14 +5,19 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use memory::GuestMemoryMmap;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use memory::{GuestMemoryMmap, PAGE_SIZE};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::bitmap::Bitmap;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
+
+use super::ring::Rings;
+use super::{Chain, Segments};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT.
 const NO_INTERRUPT: u16 = 1;
+/// Writes that may wait to be marked dirty.
+const MOST_UNMARKED: usize = 1024;
 
 /// How a device reaches its driver. Calls may come from any thread.
 pub trait VirtioInterrupt: Send + Sync {
@@ -30,6 +35,9 @@ pub enum QueueError {
     /// The rings are not what they must be.
     #[error("the driver's ring is broken: {0}")]
     Ring(#[from] virtio_queue::Error),
+    /// The rings are not in RAM.
+    #[error("the driver's ring is not in RAM, or across a hole in it")]
+    NoRings,
     /// A chain has no descriptor, no end, or one that is not there.
     #[error("the descriptor chain at {0} is broken")]
     Chain(u16),
@@ -55,153 +63,32 @@ pub enum QueueError {
     BackEnd(#[from] io::Error),
 }
 
-/// Buffers of a chain in a row: guest-physical addresses and lengths, all in RAM.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Segments {
-    parts: Vec<(u64, u32)>,
-    len: u64,
-}
-
-impl Segments {
-    /// All bytes together.
-    pub fn len(&self) -> u64 {
-        self.len
-    }
-
-    /// Whether there is not a byte.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Guest-physical addresses and lengths in bytes.
-    pub fn parts(&self) -> &[(u64, u32)] {
-        &self.parts
-    }
-
-    /// The part of these buffers from byte `offset` on, at most `len` bytes.
-    pub fn slice(&self, offset: u64, len: u64) -> Segments {
-        let mut slice = Segments {
-            parts: Vec::with_capacity(self.parts.len()),
-            len: 0,
-        };
-        for (gpa, part) in self.pieces(offset, len) {
-            slice.parts.push((gpa, part));
-            slice.len += u64::from(part);
-        }
-        slice
-    }
-
-    /// The parts of [`Segments::slice`].
-    fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = (u64, u32)> {
-        let (mut skip, mut left) = (offset, len);
-        self.parts.iter().filter_map(move |&(gpa, part)| {
-            let part = u64::from(part);
-            if skip >= part {
-                skip -= part;
-                return None;
-            }
-            let take = (part - skip).min(left);
-            let piece = (take > 0).then_some((gpa + skip, take as u32));
-            left -= take;
-            skip = 0;
-            piece
-        })
-    }
-
-    /// Copies bytes from `offset` on out of guest memory; returns how many there were.
-    pub fn read(
-        &self,
-        memory: &GuestMemoryMmap,
-        offset: u64,
-        into: &mut [u8],
-    ) -> Result<usize, QueueError> {
-        let mut done = 0;
-        for (gpa, part) in self.pieces(offset, into.len() as u64) {
-            let end = done + part as usize;
-            memory.read_slice(&mut into[done..end], GuestAddress(gpa))?;
-            done = end;
-        }
-        Ok(done)
-    }
-
-    /// Copies bytes into guest memory from `offset` on; returns how many there was room for.
-    pub fn write(
-        &self,
-        memory: &GuestMemoryMmap,
-        offset: u64,
-        from: &[u8],
-    ) -> Result<usize, QueueError> {
-        let mut done = 0;
-        for (gpa, part) in self.pieces(offset, from.len() as u64) {
-            let end = done + part as usize;
-            memory.write_slice(&from[done..end], GuestAddress(gpa))?;
-            done = end;
-        }
-        Ok(done)
-    }
-
-    /// Host addresses for a system call that reads or writes these buffers. They are good for as long as `memory` is; who lets the system
-    /// write through them calls [`Segments::mark_dirty`] afterwards.
-    pub fn iovecs(&self, memory: &GuestMemoryMmap) -> Result<Vec<libc::iovec>, QueueError> {
-        let mut all = Vec::with_capacity(self.parts.len());
-        for &(gpa, len) in &self.parts {
-            for slice in memory.get_slices(GuestAddress(gpa), len as usize) {
-                let slice = slice?;
-                all.push(libc::iovec {
-                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: slice.len(),
-                });
-            }
-        }
-        Ok(all)
-    }
-
-    /// Marks the first `len` bytes as written by the device.
-    pub fn mark_dirty(&self, memory: &GuestMemoryMmap, len: u64) -> Result<(), QueueError> {
-        for (gpa, part) in self.pieces(0, len) {
-            for slice in memory.get_slices(GuestAddress(gpa), part as usize) {
-                let slice = slice?;
-                slice.bitmap().mark_dirty(0, slice.len());
-            }
-        }
-        Ok(())
-    }
-
-    fn push(&mut self, memory: &GuestMemoryMmap, gpa: u64, len: u32) -> Result<(), QueueError> {
-        if len == 0 {
-            return Ok(());
-        }
-        if !GuestMemoryBackend::check_range(memory, GuestAddress(gpa), len as usize) {
-            return Err(QueueError::NotRam { gpa, len });
-        }
-        self.parts.push((gpa, len));
-        self.len += u64::from(len);
-        Ok(())
-    }
-}
-
-/// A request: buffers that the device reads, then buffers that it writes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Chain {
-    /// What [`Virtqueue::complete`] names it by.
-    pub head: u16,
-    /// Device-readable.
-    pub readable: Segments,
-    /// Device-writable.
-    pub writable: Segments,
-}
-
 /// A queue that the driver has set up, with all that a device needs to serve it.
+///
+/// ```text
+///   pop ─► Chain ─► write, or the system writes and written says so ─► complete ─► publish ─► the driver sees it
+///                                                                         └─► signal: publish, interrupt, mark dirty
+/// ```
+///
+/// Pages are marked dirty for many requests at a time, because it takes as long as all else together: a mark waits until the stores before
+/// it are seen by the driver. It may come late but not early: a page that is sent to another host between the write and the mark is sent
+/// again. It is made at the latest when the queue is given back, so before the memory of a machine that stands still is read.
 pub struct Virtqueue {
     index: u16,
     queue: Queue,
-    memory: GuestMemoryMmap,
+    /// None if they cannot be where the driver says: the queue cannot be served.
+    rings: Option<Rings>,
     kick: Arc<EventFd>,
     interrupt: Arc<dyn VirtioInterrupt>,
-    /// Something was completed that the driver may have to hear of.
-    unsignalled: bool,
+    /// Position in the used ring up to which the driver can see it.
+    published: u16,
+    /// Position in the used ring up to which it is marked dirty.
+    marked: u16,
     /// Position in the used ring up to which the driver has been told, or did not want to be.
     told: u16,
+    /// Guest-physical addresses and lengths that are not marked dirty yet.
+    unmarked: Vec<(u64, u32)>,
+    memory: GuestMemoryMmap,
 }
 
 impl Virtqueue {
@@ -213,15 +100,21 @@ impl Virtqueue {
         kick: Arc<EventFd>,
         interrupt: Arc<dyn VirtioInterrupt>,
     ) -> Self {
-        let told = queue.next_used();
+        let next_used = queue.next_used();
+        let rings = Rings::new(&queue, &memory)
+            .inspect_err(|error| tracing::error!(index, %error, "a queue cannot be served"))
+            .ok();
         Self {
             index,
             queue,
-            memory,
+            rings,
             kick,
             interrupt,
-            unsignalled: false,
-            told,
+            published: next_used,
+            marked: next_used,
+            told: next_used,
+            unmarked: Vec::new(),
+            memory,
         }
     }
 
@@ -276,8 +169,11 @@ impl Virtqueue {
     }
 
     /// The rings with their positions, for the transport to keep.
-    pub fn into_queue(self) -> Queue {
-        self.queue
+    pub fn into_queue(mut self) -> Queue {
+        self.settle();
+        // The destructor, which keeps fields from being moved out, has nothing more to do.
+        self.rings = None;
+        std::mem::take(&mut self.queue)
     }
 
     /// Number of descriptors.
@@ -285,35 +181,25 @@ impl Virtqueue {
         self.queue.size()
     }
 
+    fn rings(&self) -> Result<&Rings, QueueError> {
+        self.rings.as_ref().ok_or(QueueError::NoRings)
+    }
+
     /// The next request, if the driver has made one available.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        let rings = self.rings()?;
         let next = self.queue.next_avail();
-        let chain = self.queue.iter(&self.memory)?.next();
-        let Some(mut chain) = chain else {
-            let available = self.queue.avail_idx(&self.memory, Ordering::Acquire)?;
-            if available.0 != next {
-                // It became available just now.
-                self.kick.write(1)?;
-            }
+        let waiting = rings.available_index().wrapping_sub(next);
+        if waiting == 0 {
             return Ok(None);
-        };
-        let head = chain.head_index();
-        let (mut readable, mut writable) = (Segments::default(), Segments::default());
-        let mut open = true;
-        for descriptor in chain.by_ref() {
-            let into = if descriptor.is_write_only() {
-                &mut writable
-            } else if writable.is_empty() {
-                &mut readable
-            } else {
-                return Err(QueueError::Order(head));
-            };
-            into.push(&self.memory, descriptor.addr().0, descriptor.len())?;
-            open = descriptor.has_next();
         }
-        if open {
-            return Err(QueueError::Chain(head));
+        if waiting > self.queue.size() {
+            return Err(virtio_queue::Error::InvalidAvailRingIndex.into());
         }
+        let head = rings.head(next);
+        let chain = rings.chain(head);
+        self.queue.set_next_avail(next.wrapping_add(1));
+        let (readable, writable) = chain?;
         Ok(Some(Chain {
             head,
             readable,
@@ -323,67 +209,120 @@ impl Virtqueue {
 
     /// Whether the driver has made a request available that was not popped yet; a cheap look.
     pub fn has_more(&self) -> Result<bool, QueueError> {
-        let available = self.queue.avail_idx(&self.memory, Ordering::Acquire)?;
-        Ok(available.0 != self.queue.next_avail())
+        Ok(self.rings()?.available_index() != self.queue.next_avail())
     }
 
     /// Puts the request that was popped last back; the next [`Virtqueue::pop`] returns it again.
     pub fn unpop(&mut self) {
-        self.queue.go_to_previous_position();
+        let next = self.queue.next_avail();
+        self.queue.set_next_avail(next.wrapping_sub(1));
     }
 
-    /// Gives a request back, with `written` bytes written to its writable buffers. The driver hears of it at the next
-    /// [`Virtqueue::signal`].
+    /// Copies bytes into buffers of a request from `offset` on; returns how many there was room for.
+    pub fn write(
+        &mut self,
+        segments: &Segments,
+        offset: u64,
+        from: &[u8],
+    ) -> Result<usize, QueueError> {
+        let mut done = 0;
+        for (gpa, part) in segments.pieces(offset, from.len() as u64) {
+            let end = done + part as usize;
+            for slice in self.memory.get_slices(GuestAddress(gpa), part as usize) {
+                let slice = slice?;
+                // Not by the slice's own copy, which marks it dirty.
+                let bytes = &from[done..done + slice.len()];
+                // SAFETY: the slice lies in guest memory, into which there are no references, and is as long as `bytes`.
+                unsafe {
+                    let into = slice.ptr_guard_mut();
+                    into.as_ptr()
+                        .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+                }
+                done += slice.len();
+            }
+            debug_assert_eq!(done, end);
+            self.to_mark(gpa, part);
+        }
+        Ok(done)
+    }
+
+    /// The system has written the first `len` bytes of these buffers.
+    pub fn written(&mut self, segments: &Segments, len: u64) {
+        for (gpa, part) in segments.pieces(0, len) {
+            self.to_mark(gpa, part);
+        }
+    }
+
+    fn to_mark(&mut self, gpa: u64, len: u32) {
+        self.unmarked.push((gpa, len));
+        if self.unmarked.len() >= MOST_UNMARKED {
+            self.mark();
+        }
+    }
+
+    /// Marks all that was written.
+    fn mark(&mut self) {
+        if self.unmarked.is_empty() && self.marked == self.published {
+            return;
+        }
+        // A page that is marked already is left alone, which saves most of the time. Who takes the marks away after this look sees what was
+        // written before it; who took them before left none.
+        fence(Ordering::SeqCst);
+        let used = self
+            .rings
+            .as_ref()
+            .map(|rings| rings.used_between(self.marked, self.published));
+        self.marked = self.published;
+        for (gpa, len) in self.unmarked.drain(..).chain(used.into_iter().flatten()) {
+            mark(&self.memory, gpa, len);
+        }
+    }
+
+    /// Gives a request back, with `written` bytes written to its writable buffers. The driver sees it after the next
+    /// [`Virtqueue::publish`], and hears of it at the next [`Virtqueue::signal`].
     pub fn complete(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
-        self.queue.add_used(&self.memory, head, written)?;
-        self.unsignalled = true;
+        if head >= self.queue.size() {
+            return Err(virtio_queue::Error::InvalidDescriptorIndex.into());
+        }
+        let rings = self.rings.as_mut().ok_or(QueueError::NoRings)?;
+        let next = self.queue.next_used();
+        rings.put_used(next, head, written);
+        self.queue.set_next_used(next.wrapping_add(1));
         Ok(())
     }
 
-    /// Gives several requests back at once: the driver sees all of them or none. A packet that fills several buffers must not be seen in
-    /// part (section 5.1.6.4).
-    pub fn complete_together(&mut self, used: &[(u16, u32)]) -> Result<(), QueueError> {
-        let Some((&(head, written), before)) = used.split_last() else {
-            return Ok(());
-        };
-        let mut next = self.queue.next_used();
-        for &(head, written) in before {
-            let slot = u64::from(next % self.queue.size());
-            let mut element = [0; 8];
-            element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
-            element[4..].copy_from_slice(&written.to_le_bytes());
-            let place = GuestAddress(self.queue.used_ring() + 4 + slot * 8);
-            self.memory.write_slice(&element, place)?;
-            next = next.wrapping_add(1);
+    /// Lets a driver that looks see what was completed: all of it at once, as a packet that fills several buffers needs (section 5.1.6.4).
+    pub fn publish(&mut self) {
+        let now = self.queue.next_used();
+        if let Some(rings) = &mut self.rings
+            && now != self.published
+        {
+            rings.publish(now);
+            self.published = now;
         }
-        self.queue.set_next_used(next);
-        // This one moves the ring's index, past all of them.
-        self.complete(head, written)
     }
 
-    /// Interrupts the driver if something was completed and it wants to hear of it.
+    /// Publishes what was completed, and interrupts the driver if it wants to hear of it.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if std::mem::take(&mut self.unsignalled) && self.driver_wants_to_hear()? {
+        self.publish();
+        if self.told != self.published && self.driver_wants_to_hear()? {
             self.interrupt.used(self.index);
         }
+        self.mark();
         Ok(())
     }
 
-    /// Section 2.7.7.2. Not the ring's own answer, which does not count what [`Virtqueue::complete_together`] has written.
+    /// Section 2.7.7.2.
     fn driver_wants_to_hear(&mut self) -> Result<bool, QueueError> {
-        let now = self.queue.next_used();
+        let now = self.published;
         let told = std::mem::replace(&mut self.told, now);
         // The used ring's index must be seen before the driver's wish is read.
         fence(Ordering::SeqCst);
+        let rings = self.rings()?;
         if !self.queue.event_idx_enabled() {
-            let flags: u16 = self
-                .memory
-                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)?;
-            return Ok(u16::from_le(flags) & NO_INTERRUPT == 0);
+            return Ok(rings.flags() & NO_INTERRUPT == 0);
         }
-        let place = self.queue.avail_ring() + 4 + u64::from(self.queue.size()) * 2;
-        let event: u16 = self.memory.load(GuestAddress(place), Ordering::Relaxed)?;
-        let event = u16::from_le(event);
+        let event = rings.used_event();
         Ok(now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(told))
     }
 
@@ -401,6 +340,33 @@ impl Virtqueue {
     pub fn needs_reset(&self) {
         self.interrupt.needs_reset();
     }
+
+    fn settle(&mut self) {
+        self.publish();
+        self.mark();
+    }
+}
+
+impl Drop for Virtqueue {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
+/// Marks pages dirty that are not.
+fn mark(memory: &GuestMemoryMmap, gpa: u64, len: u32) {
+    let mut at = gpa;
+    let end = gpa + u64::from(len);
+    while at < end {
+        let next = (at / PAGE_SIZE + 1) * PAGE_SIZE;
+        if let Some((region, offset)) = memory.to_region_addr(GuestAddress(at)) {
+            let (bitmap, offset) = (region.bitmap(), offset.0 as usize);
+            if !bitmap.dirty_at(offset) {
+                bitmap.mark_dirty(offset, 1);
+            }
+        }
+        at = next;
+    }
 }
 
 impl fmt::Debug for Virtqueue {
@@ -416,6 +382,9 @@ impl fmt::Debug for Virtqueue {
 
 #[cfg(test)]
 mod tests {
+    use memory::PageBitmap;
+    use vm_memory::{Bytes, GuestMemoryRegion};
+
     use super::super::testing::Driver;
     use super::*;
 
@@ -432,7 +401,7 @@ mod tests {
         let memory = queue.memory().clone();
         assert_eq!(chain.readable.read(&memory, 1, &mut bytes).expect("RAM"), 5);
         assert_eq!(&bytes[..5], b"bcdef");
-        assert_eq!(chain.writable.write(&memory, 2, b"xyzw").expect("RAM"), 4);
+        assert_eq!(queue.write(&chain.writable, 2, b"xyzwv").expect("RAM"), 4);
         queue.complete(chain.head, 6).expect("a ring");
         queue.signal().expect("a ring");
         assert_eq!(driver.used(), Some((first, 6)));
@@ -466,7 +435,10 @@ mod tests {
             for _ in &heads {
                 queue.pop().expect("a ring").expect("a request");
             }
-            queue.complete_together(&used).expect("a ring");
+            for &(head, written) in &used {
+                queue.complete(head, written).expect("a ring");
+                assert_eq!(driver.used(), None, "not before all are there");
+            }
             queue.signal().expect("a ring");
             for expected in used {
                 assert_eq!(driver.used(), Some(expected));
@@ -474,7 +446,6 @@ mod tests {
             told += usize::from(hears);
             assert_eq!(driver.interrupt.used.load(Ordering::SeqCst), told);
         }
-        queue.complete_together(&[]).expect("nothing to do");
         assert_eq!(driver.used(), None);
     }
 
@@ -492,32 +463,6 @@ mod tests {
             queue.complete(head, 1).expect("a ring");
             queue.signal().expect("a ring");
             assert_eq!(driver.interrupt.used.load(Ordering::SeqCst), hears);
-        }
-    }
-
-    #[test]
-    fn pieces_of_buffers() {
-        let segments = Segments {
-            parts: vec![(100, 10), (200, 20), (300, 30)],
-            len: 60,
-        };
-        for (offset, len, parts) in [
-            (0, 60, vec![(100, 10), (200, 20), (300, 30)]),
-            (5, 10, vec![(105, 5), (200, 5)]),
-            (10, 20, vec![(200, 20)]),
-            (59, 9, vec![(329, 1)]),
-            (60, 1, vec![]),
-            (0, 0, vec![]),
-        ] {
-            let len_of_all = parts
-                .iter()
-                .map(|part: &(u64, u32)| u64::from(part.1))
-                .sum();
-            let expected = Segments {
-                parts,
-                len: len_of_all,
-            };
-            assert_eq!(segments.slice(offset, len), expected, "{offset} {len}");
         }
     }
 
@@ -554,5 +499,72 @@ mod tests {
             driver.make_available(0);
         }
         assert!(matches!(queue.pop(), Err(QueueError::Ring(_))));
+    }
+
+    #[test]
+    fn pages_are_marked_when_they_have_been_written() {
+        let mut driver = Driver::new(0);
+        let pages = driver
+            .memory()
+            .iter()
+            .map(|region| region.len())
+            .sum::<u64>()
+            / PAGE_SIZE;
+        let ram = Arc::clone(&driver.ram);
+        let taken = || {
+            let mut dirty = PageBitmap::new(pages);
+            ram.take_device_dirty(0, &mut dirty);
+            dirty.runs().collect::<Vec<_>>()
+        };
+        let mut queue = driver.queue();
+        let used = queue.queue.used_ring() / PAGE_SIZE;
+        let buffer = driver
+            .buffer(3 * PAGE_SIZE as u32)
+            .next_multiple_of(PAGE_SIZE)
+            - 1;
+        driver.offer_parts(&[(buffer, 2, true), (buffer + 1 + PAGE_SIZE, 8, true)]);
+        taken();
+        let chain = queue.pop().expect("a ring").expect("a request");
+        assert_eq!(taken(), [], "nothing is written yet");
+        assert_eq!(queue.write(&chain.writable, 1, b"x").expect("RAM"), 1);
+        queue.written(&chain.writable, 1);
+        queue.complete(chain.head, 2).expect("a ring");
+        queue.signal().expect("a ring");
+        let page = buffer / PAGE_SIZE;
+        assert_eq!(taken(), [(used, 1), (page, 2)]);
+        // What was taken away is marked again when it is written again, also by a queue that goes without a signal.
+        driver.offer_parts(&[(buffer + 1 + PAGE_SIZE, 8, true)]);
+        taken();
+        let chain = queue.pop().expect("a ring").expect("a request");
+        queue.written(&chain.writable, 8);
+        queue.complete(chain.head, 8).expect("a ring");
+        assert_eq!(taken(), []);
+        drop(queue);
+        assert_eq!(taken(), [(used, 1), (page + 2, 1)]);
+        assert!(driver.used().is_some() && driver.used().is_some());
+        // More than may wait.
+        driver.restart();
+        let mut queue = driver.queue();
+        driver.offer_parts(&[(buffer, 1, true)]);
+        let chain = queue.pop().expect("a ring").expect("a request");
+        taken();
+        for _ in 0..MOST_UNMARKED {
+            queue.written(&chain.writable, 1);
+        }
+        assert_eq!(taken(), [(page, 1)]);
+    }
+
+    #[test]
+    fn a_queue_without_rings_is_an_error() {
+        let driver = Driver::new(0);
+        let mut inner = driver.queue().into_queue();
+        inner.set_used_ring_address(Some(0), Some(1 << 10));
+        let memory = driver.memory().clone();
+        let (kick, interrupt) = (driver.kick.clone(), driver.interrupt.clone());
+        let mut queue = Virtqueue::new(0, inner, memory, kick, interrupt);
+        assert!(matches!(queue.pop(), Err(QueueError::NoRings)));
+        assert!(matches!(queue.has_more(), Err(QueueError::NoRings)));
+        assert!(matches!(queue.complete(0, 0), Err(QueueError::NoRings)));
+        queue.signal().expect("nothing to say");
     }
 }

@@ -33,7 +33,6 @@ pub(super) struct Handler {
 impl Handler {
     /// Serves a request. False if it stays in the ring, since there is nothing to put into it.
     fn serve(&self, queue: &mut Virtqueue, chain: &Chain) -> Result<bool, QueueError> {
-        let memory = queue.memory();
         let written = match self.role {
             Role::Receive => {
                 if chain.writable.len() < HEADER_BYTES as u64 {
@@ -46,15 +45,13 @@ impl Handler {
                 let Some((header, payload)) = self.shared.switch().next(room) else {
                     return Ok(false);
                 };
-                chain.writable.write(memory, 0, &header.encode())?;
-                chain
-                    .writable
-                    .write(memory, HEADER_BYTES as u64, &payload)?;
+                queue.write(&chain.writable, 0, &header.encode())?;
+                queue.write(&chain.writable, HEADER_BYTES as u64, &payload)?;
                 (HEADER_BYTES + payload.len()) as u32
             }
             Role::Transmit => {
                 let mut bytes = [0; HEADER_BYTES];
-                if chain.readable.read(memory, 0, &mut bytes)? < HEADER_BYTES {
+                if chain.readable.read(queue.memory(), 0, &mut bytes)? < HEADER_BYTES {
                     return Err(QueueError::Request("a packet shorter than its header"));
                 }
                 let header = Header::decode(&bytes);
@@ -67,7 +64,7 @@ impl Handler {
                 let mut payload = vec![0; len as usize];
                 chain
                     .readable
-                    .read(memory, HEADER_BYTES as u64, &mut payload)?;
+                    .read(queue.memory(), HEADER_BYTES as u64, &mut payload)?;
                 self.shared
                     .switch()
                     .packet(&self.shared.events, &header, &payload);
@@ -78,7 +75,7 @@ impl Handler {
                     return Ok(false);
                 }
                 let event = TRANSPORT_RESET.to_le_bytes();
-                let written = chain.writable.write(memory, 0, &event)?;
+                let written = queue.write(&chain.writable, 0, &event)?;
                 if written == event.len() {
                     self.shared.reset_pending.store(false, Ordering::SeqCst);
                 }

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use smallvec::SmallVec;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::super::disk::{Alignment, Disk, Via};
@@ -55,8 +56,7 @@ pub(super) enum Call {
         write: bool,
         durable: bool,
         via: Via,
-        iovecs: *const libc::iovec,
-        count: u32,
+        memory: Memory,
         offset: u64,
     },
     Sync,
@@ -69,6 +69,17 @@ pub(super) enum Call {
     DiscardDevice {
         offset: u64,
         len: u64,
+    },
+}
+
+/// Where a call's data are in this process.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Memory {
+    /// In one piece, as most are: the system need not read a vector.
+    One(libc::iovec),
+    Many {
+        iovecs: *const libc::iovec,
+        count: u32,
     },
 }
 
@@ -134,8 +145,7 @@ impl Running {
                     write: transfer.write,
                     durable: transfer.write && self.durable,
                     via: transfer.via,
-                    iovecs: transfer.iovecs.as_ptr(),
-                    count: transfer.iovecs.len() as u32,
+                    memory: transfer.memory(),
                     offset: transfer.offset + transfer.done,
                 }
             }
@@ -220,7 +230,7 @@ struct Transfer {
     done: u64,
     data: Data,
     /// Of the call that is made next or under way.
-    iovecs: Vec<libc::iovec>,
+    iovecs: SmallVec<[libc::iovec; 1]>,
     via: Via,
     bounce: Option<Vec<Page>>,
 }
@@ -233,7 +243,7 @@ impl Transfer {
             len: segments.len(),
             done: 0,
             data: Data::Guest(segments),
-            iovecs: Vec::new(),
+            iovecs: SmallVec::new(),
             via: Via::Cache,
             bounce: None,
         }
@@ -251,10 +261,16 @@ impl Transfer {
     fn prepare(&mut self, place: &Place) -> io::Result<()> {
         let left = self.len - self.done;
         self.bounce = None;
-        self.iovecs = match &self.data {
-            Data::Guest(all) if self.done == 0 => all.iovecs(&place.memory),
-            Data::Guest(all) => all.slice(self.done, left).iovecs(&place.memory),
-            Data::Zeros => Ok(zeros(left)),
+        self.iovecs.clear();
+        match &self.data {
+            Data::Guest(all) if self.done == 0 => all.iovecs(&place.memory, &mut self.iovecs),
+            Data::Guest(all) => all
+                .slice(self.done, left)
+                .iovecs(&place.memory, &mut self.iovecs),
+            Data::Zeros => {
+                zeros(left, &mut self.iovecs);
+                Ok(())
+            }
         }
         .map_err(into_io)?;
         self.iovecs.truncate(MAX_PARTS);
@@ -269,6 +285,17 @@ impl Transfer {
             self.use_bounce(left.min(BOUNCE), place)?;
         }
         Ok(())
+    }
+
+    /// A vector of more than one part is on the heap, so that it stays where it is when this is moved.
+    fn memory(&self) -> Memory {
+        match self.iovecs.as_slice() {
+            [one] => Memory::One(*one),
+            many => Memory::Many {
+                iovecs: many.as_ptr(),
+                count: many.len() as u32,
+            },
+        }
     }
 
     fn fits_file(&self, alignment: Alignment) -> bool {
@@ -287,10 +314,11 @@ impl Transfer {
                 .read(&place.memory, self.done, bytes)
                 .map_err(into_io)?;
         }
-        self.iovecs = vec![libc::iovec {
+        self.iovecs.clear();
+        self.iovecs.push(libc::iovec {
             iov_base: bytes.as_mut_ptr().cast(),
             iov_len: bytes.len(),
-        }];
+        });
         self.bounce = Some(bounce);
         Ok(())
     }
@@ -317,8 +345,7 @@ impl Transfer {
 }
 
 /// Parts that name the same zeros again and again.
-fn zeros(mut left: u64) -> Vec<libc::iovec> {
-    let mut all = Vec::new();
+fn zeros(mut left: u64, all: &mut SmallVec<[libc::iovec; 1]>) {
     while left > 0 && all.len() < MAX_PARTS {
         let len = left.min(ZEROS);
         all.push(libc::iovec {
@@ -328,7 +355,6 @@ fn zeros(mut left: u64) -> Vec<libc::iovec> {
         });
         left -= len;
     }
-    all
 }
 
 fn fit_memory(iovecs: &[libc::iovec], alignment: Alignment) -> bool {

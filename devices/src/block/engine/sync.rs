@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use super::super::disk::Via;
 use super::super::host;
-use super::operation::Call;
+use super::operation::{Call, Memory};
 use super::{BlockEngine, Completion, Operation, Place, Running};
 
 /// The engine for hosts without io_uring.
@@ -74,12 +74,15 @@ unsafe fn make(call: Call, place: &Place) -> Result<u64, i32> {
             write,
             durable,
             via,
-            iovecs,
-            count,
+            memory,
             offset,
         } => {
             let fd = place.disk.file(via).as_raw_fd();
-            let (count, offset) = (count as i32, offset as i64);
+            let (iovecs, count) = match &memory {
+                Memory::One(one) => (std::ptr::from_ref(one), 1),
+                &Memory::Many { iovecs, count } => (iovecs, count as i32),
+            };
+            let offset = offset as i64;
             // SAFETY: the caller vouches for the vectors.
             unsafe {
                 if write {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 use super::super::slab::Slab;
-use super::operation::Call;
+use super::operation::{Call, Memory};
 use super::sync::discard;
 use super::{BlockEngine, Completion, Operation, Place, Running};
 
@@ -194,21 +194,30 @@ fn entry(call: Call) -> squeue::Entry {
             write,
             durable,
             via,
-            iovecs,
-            count,
+            memory,
             offset,
         } => {
             let file = types::Fixed(via as u32);
-            if write {
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                opcode::Writev::new(file, iovecs, count)
+            let flags = if durable { libc::RWF_DSYNC } else { 0 };
+            match (write, memory) {
+                (false, Memory::One(one)) => {
+                    opcode::Read::new(file, one.iov_base.cast(), length(one))
+                        .offset(offset)
+                        .build()
+                }
+                (false, Memory::Many { iovecs, count }) => opcode::Readv::new(file, iovecs, count)
+                    .offset(offset)
+                    .build(),
+                (true, Memory::One(one)) => {
+                    opcode::Write::new(file, one.iov_base.cast(), length(one))
+                        .offset(offset)
+                        .rw_flags(flags)
+                        .build()
+                }
+                (true, Memory::Many { iovecs, count }) => opcode::Writev::new(file, iovecs, count)
                     .offset(offset)
                     .rw_flags(flags)
-                    .build()
-            } else {
-                opcode::Readv::new(file, iovecs, count)
-                    .offset(offset)
-                    .build()
+                    .build(),
             }
         }
         Call::Sync => opcode::Fsync::new(cache)
@@ -223,13 +232,20 @@ fn entry(call: Call) -> squeue::Entry {
     }
 }
 
+/// A part of a request is shorter than 4 GiB; were it not, the rest would follow as after any short transfer.
+fn length(part: libc::iovec) -> u32 {
+    u32::try_from(part.iov_len).unwrap_or(u32::MAX - 4095)
+}
+
 /// See [`super::probe_uring`].
 pub(super) fn probe() -> io::Result<()> {
     let ring = IoUring::new(2)?;
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
     let needed = [
+        opcode::Read::CODE,
         opcode::Readv::CODE,
+        opcode::Write::CODE,
         opcode::Writev::CODE,
         opcode::Fsync::CODE,
         opcode::Fallocate::CODE,

@@ -24,7 +24,7 @@ impl QueueHandler for Echo {
         while let Some(chain) = queue.pop()? {
             let mut bytes = vec![0; chain.readable.len() as usize];
             chain.readable.read(&memory, 0, &mut bytes)?;
-            let written = chain.writable.write(&memory, 0, &bytes)?;
+            let written = queue.write(&chain.writable, 0, &bytes)?;
             queue.complete(chain.head, written as u32)?;
         }
         queue.signal()
