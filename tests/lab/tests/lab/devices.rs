@@ -30,12 +30,25 @@ const MODULES: [&str; 16] = [
     "vmw_vsock_virtio_transport",
 ];
 
+/// A bridge with the cable to the other host and a TAP interface for the guest.
+const BRIDGE: &str = r"
+            brctl addbr br0
+            ip link set br0 up
+            ip addr flush dev eth0
+            brctl addif br0 eth0
+            ip addr add $ADDRESS/24 dev br0
+            tunctl -t tap0
+            brctl addif br0 tap0
+            ip link set tap0 up
+            ";
+
 type Body = (&'static str, fn(Guest) -> Result<()>);
 
-const BODIES: [Body; 3] = [
+const BODIES: [Body; 4] = [
     ("writes_go_on_over_moves", writes_go_on_over_moves),
     ("devices_come_and_go", devices_come_and_go),
     ("a_stream_survives_a_move_to_another_host", stream),
+    ("two_guests_on_a_bridge", two_guests),
 ];
 
 /// Every test of devices.
@@ -217,22 +230,12 @@ fn devices_come_and_go(guest: Guest) -> Result<()> {
 /// the stream goes on.
 fn stream(guest: Guest) -> Result<()> {
     let devices = r#", "net": [{"tap": "tap0", "mac": "52:54:00:12:34:56", "id": "nic"}]"#;
-    let bridge = r"
-            brctl addbr br0
-            ip link set br0 up
-            ip addr flush dev eth0
-            brctl addif br0 eth0
-            ip addr add $ADDRESS/24 dev br0
-            tunctl -t tap0
-            brctl addif br0 tap0
-            ip link set tap0 up
-            ";
     let source = host(guest, devices)?.name("source");
     let destination = bare_host(Cpu::Max)?.name("destination");
     let prelude = guest.back_end.prelude(guest.vcpus);
     let [source, destination] = Lab::pair(source, destination).run(
         &(prelude.clone()
-            + bridge
+            + BRIDGE
             + r#"boot src
             tell src 'ip addr add 10.0.0.77/24 dev eth0 && ip link set eth0 up && echo net-ok'
             expect src 'net-ok$'
@@ -261,7 +264,7 @@ fn stream(guest: Guest) -> Result<()> {
             signal streamed
             await fetched"#),
         &(prelude
-            + bridge
+            + BRIDGE
             + r"receive dst tcp:0.0.0.0:4600 --tap nic=tap0
             signal listening
             await src.out /tmp/src.log
@@ -270,6 +273,73 @@ fn stream(guest: Guest) -> Result<()> {
             signal fetched
             tell dst 'poweroff -f'
             ends dst 0"),
+    )?;
+    source.success()?;
+    destination.success()
+}
+
+/// Two guests on one bridge: one sends the other pings and a stream, and goes on while that one moves to another host. The stream has no gap,
+/// and at most one ping is lost beyond those of the downtime.
+fn two_guests(guest: Guest) -> Result<()> {
+    let devices = |tap: u32| {
+        format!(r#", "net": [{{"tap": "tap{tap}", "mac": "52:54:00:12:34:5{tap}", "id": "nic"}}]"#)
+    };
+    let source = host(guest, &devices(0))?
+        .data("peer.json", guest.config_with(&devices(1), ""))
+        .name("source");
+    let destination = bare_host(Cpu::Max)?.name("destination");
+    let prelude = guest.back_end.prelude(guest.vcpus);
+    let [source, destination] = Lab::pair(source, destination).run(
+        &(prelude.clone()
+            + BRIDGE
+            + r#"tunctl -t tap1
+            brctl addif br0 tap1
+            ip link set tap1 up
+            boot peer /peer.json
+            boot src
+            for each in 'src 77' 'peer 78'; do
+                set -- $each
+                tell $1 "ip addr add 10.0.0.$2/24 dev eth0 && ip link set eth0 up && echo net-ok"
+                expect $1 'net-ok$'
+            done
+            tell src 'nc -l -p 7000 -e /bin/cat &'
+            tell peer 'until ping -c 1 -W 1 10.0.0.77 >/dev/null; do :; done; echo sees-$((1+1))-'
+            expect peer 'sees-2-'
+            tell peer '(i=0; while [ ! -e /enough ]; do i=$((i + 1)); echo $i; usleep 50000; done; sleep 5) | nc 10.0.0.77 7000 >/echo &'
+            tell peer '(until [ $(cat /echo | wc -l) -ge 20 ]; do sleep 1; done; echo streams-$((1+1))-) &'
+            expect peer 'streams-2-'
+            tell peer 'ping -i 0.2 10.0.0.77 >/pings 2>&1 & sleep 2; echo pings-$((1+1))-'
+            expect peer 'pings-2-'
+            await listening
+            move_away src tcp:$PEER:4600 --json
+            tell peer 'want=$(($(tail -1 /echo) + 40)); until [ $(tail -1 /echo) -ge $want ]; do sleep 1; done; echo goes-$((1+1))-'
+            expect peer 'goes-2-'
+            tell peer ': >/enough; killall -INT ping; sleep 6; echo stopped-$((1+1))-'
+            expect peer 'stopped-2-'
+            tell peer "awk '\$1 != NR { exit 1 }' /echo && echo no-gap in \$((\$(wc -l </echo))) lines; grep transmitted /pings"
+            expect peer 'no-gap in [0-9]'
+            expect peer 'packets received'
+            downtime=$(sed -n 's/.*"downtime_ms": *\([0-9]*\).*/\1/p' /tmp/send.out | tail -1)
+            [ -n "$downtime" ] || fail "no downtime in $(cat /tmp/send.out)"
+            set -- $(tr -d '\r' </tmp/peer.out | sed -n 's/^\([0-9]*\) packets transmitted, \([0-9]*\) packets received.*/\1 \2/p')
+            lost=$(($1 - $2))
+            echo "of $1 pings $2 came back, downtime $downtime ms"
+            # Those sent while the guest stood still, one more, and the very last, which nobody waits for.
+            [ $lost -le $((downtime / 200 + 1 + 1 + 1)) ] || fail "$lost pings are lost, in a downtime of $downtime ms"
+            signal done
+            tell peer 'poweroff -f'
+            ends peer 0
+            await fetched"#),
+        &(prelude
+            + BRIDGE
+            + r"receive dst tcp:0.0.0.0:4600 --tap nic=tap0
+            signal listening
+            arrived dst
+            await done
+            tell dst 'poweroff -f'
+            ends dst 0
+            signal fetched
+            sleep 3"),
     )?;
     source.success()?;
     destination.success()

@@ -1,6 +1,6 @@
 # What scripts do with a stock guest under the product. VCPUS is how many the guest has.
 
-# boot NAME: runs the guest of /vm.json to its shell; its API is at /tmp/NAME.sock.
+# boot NAME [CONFIG]: runs the guest of CONFIG, or /vm.json, to its shell; its API is at /tmp/NAME.sock.
 export VMM_LOG=${VMM_LOG:-info}
 
 # on kvm | on mshv: which hypervisor the next boot or receive uses. There is no /dev/mshv here: its double answers.
@@ -15,7 +15,7 @@ on() {
 on "${BACK_END:-kvm}"
 
 boot() {
-    start "$1" $preload vmm run --config /vm.json --api-socket "/tmp/$1.sock" --hypervisor "$hypervisor"
+    start "$1" $preload vmm run --config "${2:-/vm.json}" --api-socket "/tmp/$1.sock" --hypervisor "$hypervisor"
     expect "$1" GUEST-UP
 }
 
@@ -48,11 +48,14 @@ receive() {
     done
 }
 
-# move_away NAME URL: moves the guest there; the source ends with success.
+# move_away NAME URL [ARGS…]: moves the guest there; the source ends with success.
 move_away() {
-    vmm send "$2" --api-socket "/tmp/$1.sock" >/tmp/send.out 2>/tmp/send.err || fail "send ended with $?"
+    mover=$1
+    url=$2
+    shift 2
+    vmm send "$url" --api-socket "/tmp/$mover.sock" "$@" >/tmp/send.out 2>/tmp/send.err || fail "send ended with $?"
     cat /tmp/send.out
-    ends "$1" 0
+    ends "$mover" 0
 }
 
 # goes_on OUTPUT NAME: what was printed at the source, and then here by NAME, counts without gap or repeat, and goes on.
