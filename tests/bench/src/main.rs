@@ -12,6 +12,7 @@ mod limit;
 mod ours;
 mod precopy;
 mod qemu;
+mod restore;
 mod ring;
 mod start;
 mod stats;
@@ -35,6 +36,8 @@ enum What {
     Precopy(precopy::Options),
     /// Random 4 KiB reads of a virtio disk by a guest that polls: one request at a time, 32, and 32 in each of 4 queues.
     Blk(blk::Options),
+    /// From a snapshot of a 4 GiB guest to its first output: with its files in the page cache, and without.
+    Restore(restore::Options),
     /// Process start to the guest's first instruction, and the VMM's own memory.
     Start(Common),
     /// A plain loopback copy into fresh huge-page memory: what no move can beat.
@@ -88,6 +91,7 @@ fn run() -> Result<()> {
     match cli.what {
         What::Precopy(options) => precopy::run(options),
         What::Blk(options) => blk::run(options),
+        What::Restore(options) => restore::run(options),
         What::Start(common) => start::run(common),
         What::Limit(common) => limit::run(common),
     }

@@ -185,6 +185,84 @@ impl Qmp {
     }
 }
 
+impl Qmp {
+    /// Waits until a migration out has ended; returns what QEMU says of it.
+    fn migrated(&mut self) -> Result<Value> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let info = self.call("query-migrate", json!({}))?;
+            match info["status"].as_str() {
+                Some("completed") => return Ok(info),
+                Some("failed" | "cancelled") => bail!("QEMU's migration failed: {info}"),
+                _ => ensure!(
+                    Instant::now() < deadline,
+                    "QEMU's migration does not end: {info}"
+                ),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// A guest of QEMU's.
+pub(crate) struct Machine<'a> {
+    pub(crate) folder: &'a Folder,
+    pub(crate) kernel: &'a Path,
+    pub(crate) mib: u64,
+    pub(crate) cmdline: &'a str,
+}
+
+impl Machine<'_> {
+    fn start(&self, extra: &[&str]) -> Result<(Qemu, Qmp)> {
+        let (serial, monitor) = (self.serial(), self.folder.join("qemu.monitor"));
+        for path in [&serial, &monitor] {
+            // Of the process before.
+            let _ = std::fs::remove_file(path);
+        }
+        let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
+        let (serial, monitor_arg) = (socket(&serial), socket(&monitor));
+        let extra = [&["-qmp", &monitor_arg], extra].concat();
+        let qemu = Qemu::start(self.kernel, self.mib, self.cmdline, &serial, &extra)?;
+        Ok((qemu, Qmp::connect(&monitor)?))
+    }
+
+    fn serial(&self) -> std::path::PathBuf {
+        self.folder.join("qemu.serial")
+    }
+}
+
+/// Fills a guest, stops it and writes it to a file.
+pub(crate) fn saved(machine: &Machine<'_>, file: &Path) -> Result<()> {
+    let (_qemu, mut qmp) = machine.start(&[])?;
+    Console::connect(&machine.serial())?.line("memory: ready", LIMIT)?;
+    qmp.call("stop", json!({}))?;
+    qmp.call(
+        "migrate-set-parameters",
+        json!({"max-bandwidth": 1_000_000_000_000u64}),
+    )?;
+    let uri = format!("exec:cat >'{}'", file.display());
+    qmp.call("migrate", json!({"uri": uri}))?;
+    qmp.migrated().map(|_| ())
+}
+
+/// Milliseconds from asking a fresh process for the guest of such a file to the guest's first output.
+pub(crate) fn restored(machine: &Machine<'_>, file: &Path) -> Result<f64> {
+    let (_qemu, mut qmp) = machine.start(&["-incoming", "defer"])?;
+    let mut serial = UnixStream::connect(machine.serial())?;
+    serial.set_read_timeout(Some(LIMIT))?;
+    let begin = Instant::now();
+    let uri = format!("exec:cat '{}'", file.display());
+    qmp.call("migrate-incoming", json!({"uri": uri}))?;
+    // It was saved stopped, and is so when it has arrived.
+    while qmp.call("query-status", json!({}))?["status"] != "paused" {
+        ensure!(begin.elapsed() < LIMIT, "QEMU does not restore");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    qmp.call("cont", json!({}))?;
+    serial.read_exact(&mut [0])?;
+    Ok(begin.elapsed().as_secs_f64() * 1000.0)
+}
+
 /// Moves a guest once with QEMU's default downtime limit and no bandwidth limit; figures as [`crate::ours::moved`].
 pub(crate) fn moved(folder: &Folder, kernel: &Path, mib: u64, cmdline: &str) -> Result<Value> {
     let (serial, monitor) = (folder.join("qemu.serial"), folder.join("qemu.monitor"));
@@ -219,19 +297,7 @@ pub(crate) fn moved(folder: &Folder, kernel: &Path, mib: u64, cmdline: &str) -> 
     )?;
     crate::limit::warm(mib)?;
     source.call("migrate", json!({"uri": format!("tcp:127.0.0.1:{port}")}))?;
-    let deadline = Instant::now() + LIMIT;
-    let info = loop {
-        let info = source.call("query-migrate", json!({}))?;
-        match info["status"].as_str() {
-            Some("completed") => break info,
-            Some("failed" | "cancelled") => bail!("QEMU's move failed: {info}"),
-            _ => ensure!(
-                Instant::now() < deadline,
-                "QEMU's move does not end: {info}"
-            ),
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    };
+    let info = source.migrated()?;
     let total_ms = info["total-time"]
         .as_f64()
         .context("QEMU reports no total time")?;
