@@ -37,22 +37,22 @@ fn most_looking() -> usize {
 }
 
 /// Leave to look.
-struct Looking;
+struct Looking(&'static AtomicUsize);
 
 impl Looking {
-    fn begin() -> Option<Self> {
+    fn begin(looking: &'static AtomicUsize) -> Option<Self> {
         let most = most_looking();
         let more = |now| (now < most).then_some(now + 1);
-        LOOKING
+        looking
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
             .ok()
-            .map(|_| Self)
+            .map(|_| Self(looking))
     }
 }
 
 impl Drop for Looking {
     fn drop(&mut self) {
-        LOOKING.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -61,6 +61,8 @@ impl Drop for Looking {
 pub(super) struct Polling {
     credit: i32,
     asleep: Option<Instant>,
+    /// How many threads look, this one among them.
+    looking: &'static AtomicUsize,
 }
 
 impl Polling {
@@ -70,6 +72,7 @@ impl Polling {
         Self {
             credit: 0,
             asleep: None,
+            looking: &LOOKING,
         }
     }
 
@@ -100,7 +103,7 @@ impl Polling {
         if self.credit <= 0 {
             return Ok(false);
         }
-        let Some(_looking) = Looking::begin() else {
+        let Some(_looking) = Looking::begin(self.looking) else {
             return Ok(false);
         };
         let begin = Instant::now();
@@ -142,7 +145,9 @@ mod tests {
 
     #[test]
     fn it_looks_where_work_comes_soon() {
+        static HERE: AtomicUsize = AtomicUsize::new(0);
         let mut polling = Polling::new();
+        polling.looking = &HERE;
         assert_eq!(look(&mut polling, true), (false, 0), "nothing came yet");
         polling.slept(SHORT * 2);
         assert_eq!(look(&mut polling, true), (false, 0), "it came late");
@@ -170,6 +175,6 @@ mod tests {
         }
         assert_eq!(polling.credit, MOST_CREDIT);
         assert_eq!(polling.look(|| Err(1)), Err(1));
-        assert_eq!(LOOKING.load(Ordering::Relaxed), 0);
+        assert_eq!(HERE.load(Ordering::Relaxed), 0);
     }
 }

@@ -241,7 +241,7 @@ impl Virtqueue {
                 done += slice.len();
             }
             debug_assert_eq!(done, end);
-            self.to_mark(gpa, part);
+            self.note_write(gpa, part);
         }
         Ok(done)
     }
@@ -249,11 +249,11 @@ impl Virtqueue {
     /// The system has written the first `len` bytes of these buffers.
     pub fn written(&mut self, segments: &Segments, len: u64) {
         for (gpa, part) in segments.pieces(0, len) {
-            self.to_mark(gpa, part);
+            self.note_write(gpa, part);
         }
     }
 
-    fn to_mark(&mut self, gpa: u64, len: u32) {
+    fn note_write(&mut self, gpa: u64, len: u32) {
         self.unmarked.push((gpa, len));
         if self.unmarked.len() >= MOST_UNMARKED {
             self.mark();
