@@ -163,9 +163,10 @@ impl Virtqueue {
     /// Somebody else has served the queue and has come to this position of both rings. The driver hears of it at the next
     /// [`Virtqueue::signal`].
     pub(crate) fn served_until(&mut self, position: u16) {
-        self.unsignalled |= self.queue.next_used() != position;
         self.queue.set_next_avail(position);
         self.queue.set_next_used(position);
+        // Shown to the driver, and logged as written, by who served it.
+        (self.published, self.marked) = (position, position);
     }
 
     /// The rings with their positions, for the transport to keep.
@@ -181,13 +182,13 @@ impl Virtqueue {
         self.queue.size()
     }
 
-    fn rings(&self) -> Result<&Rings, QueueError> {
+    fn in_place(&self) -> Result<&Rings, QueueError> {
         self.rings.as_ref().ok_or(QueueError::NoRings)
     }
 
     /// The next request, if the driver has made one available.
     pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
-        let rings = self.rings()?;
+        let rings = self.in_place()?;
         let next = self.queue.next_avail();
         let waiting = rings.available_index().wrapping_sub(next);
         if waiting == 0 {
@@ -209,7 +210,7 @@ impl Virtqueue {
 
     /// Whether the driver has made a request available that was not popped yet; a cheap look.
     pub fn has_more(&self) -> Result<bool, QueueError> {
-        Ok(self.rings()?.available_index() != self.queue.next_avail())
+        Ok(self.in_place()?.available_index() != self.queue.next_avail())
     }
 
     /// Puts the request that was popped last back; the next [`Virtqueue::pop`] returns it again.
@@ -318,7 +319,7 @@ impl Virtqueue {
         let told = std::mem::replace(&mut self.told, now);
         // The used ring's index must be seen before the driver's wish is read.
         fence(Ordering::SeqCst);
-        let rings = self.rings()?;
+        let rings = self.in_place()?;
         if !self.queue.event_idx_enabled() {
             return Ok(rings.flags() & NO_INTERRUPT == 0);
         }
