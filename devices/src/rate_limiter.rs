@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Promises: an operation passes when both buckets allow it, and takes from both or from none. One that is larger than a bucket passes
-//! when the bucket is full and leaves a debt, which those after it wait for. Nothing here reads a clock or waits.
+//! when the bucket is full and leaves a debt, which those after it wait for. An operation whose bytes are known only once it is done passes
+//! when nothing is owed, and leaves a debt as well. Nothing here reads a clock or waits.
 
 use std::time::{Duration, Instant};
 
@@ -53,11 +54,9 @@ impl RateLimiter {
     /// Takes one operation of so many bytes, or says after how long to ask again. That is the earliest time at which it can pass, if
     /// nobody takes anything in between.
     pub fn try_take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
-        let buckets = || [(bytes, 0), (1, 1)];
-        let mut all = [self.bandwidth.as_mut(), self.ops.as_mut()];
         let mut wait = Duration::ZERO;
-        for (tokens, which) in buckets() {
-            if let Some(bucket) = &mut all[which] {
+        for (bucket, tokens) in [(&mut self.bandwidth, bytes), (&mut self.ops, 1)] {
+            if let Some(bucket) = bucket {
                 bucket.refill(now);
                 wait = wait.max(bucket.wait_for(tokens));
             }
@@ -65,12 +64,32 @@ impl RateLimiter {
         if wait > Duration::ZERO {
             return Err(wait);
         }
-        for (tokens, which) in buckets() {
-            if let Some(bucket) = &mut all[which] {
+        self.charge(bytes);
+        Ok(())
+    }
+
+    /// Takes nothing, but says after how long to ask again if an operation cannot be taken now, or bytes are owed. Otherwise an operation
+    /// may begin whose bytes nobody knows yet; [`RateLimiter::charge`] takes it once they are known.
+    pub fn may_begin(&mut self, now: Instant) -> Result<(), Duration> {
+        let mut wait = Duration::ZERO;
+        for bucket in [&mut self.bandwidth, &mut self.ops].into_iter().flatten() {
+            bucket.refill(now);
+            wait = wait.max(bucket.wait_for(1));
+        }
+        match wait {
+            Duration::ZERO => Ok(()),
+            wait => Err(wait),
+        }
+    }
+
+    /// Takes one operation of so many bytes that has been done already; what is not there is owed.
+    pub fn charge(&mut self, bytes: u64) {
+        let all = [(self.bandwidth.as_mut(), bytes), (self.ops.as_mut(), 1)];
+        for (bucket, tokens) in all {
+            if let Some(bucket) = bucket {
                 bucket.take(tokens);
             }
         }
-        Ok(())
     }
 }
 
@@ -180,6 +199,23 @@ mod tests {
             .expect_err("two seconds of debt");
         assert_eq!(wait, Duration::from_secs(3));
         assert_eq!(limiter.try_take(1000, start + wait), Ok(()));
+    }
+
+    #[test]
+    fn what_is_charged_afterwards_is_owed() {
+        let start = Instant::now();
+        let mut limiter = limiter(1000, 100, 1000, start);
+        assert_eq!(limiter.may_begin(start), Ok(()));
+        limiter.charge(3100);
+        assert_eq!(
+            limiter.may_begin(start),
+            Err(Duration::from_millis(2001)),
+            "two seconds of debt, and a token to begin with"
+        );
+        let later = start + Duration::from_millis(2001);
+        assert_eq!(limiter.may_begin(later), Ok(()));
+        assert_eq!(limiter.may_begin(later), Ok(()), "to ask costs nothing");
+        assert_eq!(limiter.try_take(2, later), Err(Duration::from_millis(1)));
     }
 
     #[test]

@@ -383,6 +383,17 @@ impl VmConfig {
         Ok(config)
     }
 
+    /// Parses one device, as it would be in `section` of a config.
+    pub fn device<T: serde::de::DeserializeOwned>(
+        section: &'static str,
+        json: &[u8],
+    ) -> Result<T, ConfigError> {
+        let device: serde_json::Value = crate::json::parse(json).map_err(ConfigError::Json)?;
+        let mut config = serde_json::json!({ section: device });
+        absent::strip(&mut config)?;
+        crate::json::from_value(config[section].take()).map_err(ConfigError::Json)
+    }
+
     /// Fills in what follows from other fields.
     pub fn normalise(&mut self) {
         if self.cpus.max_vcpus == 0 {

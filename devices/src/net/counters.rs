@@ -12,6 +12,8 @@ pub(super) struct Direction {
     pub(super) dropped: Counter,
     /// Packets that were not fine, and calls that failed.
     pub(super) errors: Counter,
+    /// Times that a rate limiter made packets wait.
+    pub(super) throttled: Counter,
 }
 
 /// Both, as the guest sees them.
@@ -54,6 +56,8 @@ impl Counters {
             ("tx_bytes", tx.bytes.get()),
             ("tx_dropped", tx.dropped.get()),
             ("tx_errors", tx.errors.get()),
+            ("rx_throttled", rx.throttled.get()),
+            ("tx_throttled", tx.throttled.get()),
         ]
     }
 }

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::control::Control;
 use super::features::{self, MQ, MRG_RXBUF};
+use super::limits::Limits;
 use super::mac::MacAddr;
 use super::port::{self, Port};
 use super::rx::Rx;
@@ -14,6 +15,7 @@ use super::shared::Shared;
 use super::tap::{Tap, TapOffloads};
 use super::tx::Tx;
 use super::{HEADER_LEN, MAX_QUEUE_PAIRS, persist};
+use crate::rate_limiter::RateLimiterConfig;
 use crate::virtio::{DeviceType, VirtioDevice, VirtioInterrupt, Virtqueue, Worker, read_space};
 
 /// Bits of the status field of the configuration space (section 5.1.4).
@@ -34,6 +36,8 @@ pub struct NetConfig {
     pub mac: MacAddr,
     /// The MTU that the driver is told, if it is told any. At least 68.
     pub mtu: Option<u16>,
+    /// How much may go each way, all queue pairs together: each direction has such a limit of its own.
+    pub rate_limiter: Option<RateLimiterConfig>,
     /// Descriptors of each receive and transmit queue: a power of two from 64 to 1024.
     pub queue_size: u16,
 }
@@ -44,6 +48,7 @@ impl NetConfig {
         Self {
             mac,
             mtu: None,
+            rate_limiter: None,
             queue_size: 256,
         }
     }
@@ -112,9 +117,11 @@ impl Net {
         if let Some(mtu) = config.mtu.filter(|&mtu| mtu < SMALLEST_MTU) {
             return Err(NetError::Mtu(mtu));
         }
+        let limits = config.rate_limiter.as_ref().map(Limits::new);
+        let limits = limits.unwrap_or_default();
         Ok(Self {
             features: features::offered(offloads, config.mtu.is_some(), ports.len() > 1),
-            shared: Arc::new(Shared::new(ports, config.mac)?),
+            shared: Arc::new(Shared::new(ports, config.mac)?.limited(limits)),
             config,
             interface: None,
             running: Mutex::default(),

@@ -15,6 +15,7 @@
 //!
 //! - A packet is not copied between guest and kernel, but for what does not fit the buffers that there are at once.
 //! - A driver that offers no buffers costs nothing: packets wait in the interface's queue, and the device's thread sleeps.
+//! - What a rate limiter holds back waits in the driver's queue or in the interface's, and is not dropped here.
 //! - What the host cannot take or give is dropped and counted, and never stops the device. What a driver may not do stops its queue with a
 //!   [`crate::virtio::QueueError`], or gets `VIRTIO_NET_ERR` if it is a command.
 //! - Between [`crate::virtio::VirtioDevice::stop_queue`] and the next start nothing reads or writes guest memory, and packets wait in the
@@ -27,6 +28,7 @@ mod device;
 mod features;
 mod front;
 mod ioctl;
+mod limits;
 mod mac;
 mod persist;
 mod port;
@@ -39,6 +41,8 @@ mod tx;
 
 #[cfg(test)]
 mod control_tests;
+#[cfg(test)]
+mod limit_tests;
 #[cfg(test)]
 mod packet_tests;
 #[cfg(test)]

@@ -3,6 +3,8 @@
 //! ```text
 //!   ┌─► take buffers ── none ────────────► sleep until the driver notifies; the interface is not polled
 //!   │        ▼
+//!   │     too fast? ── yes ──────────────► sleep until the rate limiter lets one pass; packets wait in the host
+//!   │        ▼
 //!   │     readv ─── nothing there ───────► sleep until the interface has a packet
 //!   │        │  └── failed ──────────────► rest, so that a broken interface does not keep the thread busy
 //!   │        ▼
@@ -16,6 +18,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::limits;
 use super::port;
 use super::ready::Ready;
 use super::shared::Shared;
@@ -58,6 +61,8 @@ pub(super) struct Rx {
     /// Where the system puts what the buffers have no room for.
     spill: Vec<u8>,
     resting: bool,
+    /// The rate limiter lets nothing pass before then.
+    throttled: Option<Instant>,
     /// The driver may notify of new buffers.
     notified: bool,
 }
@@ -74,6 +79,7 @@ impl Rx {
             partial: None,
             spill: vec![0; MAX_PACKET],
             resting: false,
+            throttled: None,
             notified: true,
         }
     }
@@ -104,6 +110,11 @@ impl Rx {
             }
             if std::mem::take(&mut self.notified) {
                 queue.disable_notification()?;
+            }
+            if let Err(until) = self.shared.limits.rx.may_begin() {
+                self.shared.counters.rx.throttled.add(1);
+                self.throttled = Some(until);
+                return Ok(());
             }
             match self.read(queue)? {
                 Read::Packet => {}
@@ -164,6 +175,7 @@ impl Rx {
                 Read::Packet
             });
         }
+        self.shared.limits.rx.charge((len - HEADER_LEN) as u64);
         if len <= room {
             self.complete(queue, len)?;
         } else if self.mergeable {
@@ -207,6 +219,10 @@ impl QueueHandler for Rx {
     fn process(&mut self, queue: &mut Virtqueue) -> Result<(), QueueError> {
         self.shared.woken(self.pair);
         self.resting = false;
+        if self.throttled.is_some_and(|until| Instant::now() < until) {
+            return Ok(());
+        }
+        self.throttled = None;
         self.receive(queue)?;
         queue.signal()
     }
@@ -223,6 +239,7 @@ impl QueueHandler for Rx {
         let mut sources = vec![self.shared.wake(self.pair)];
         if self.shared.is_active(self.pair)
             && !self.resting
+            && self.throttled.is_none()
             && self.partial.is_none()
             && !self.ready.is_empty()
         {
@@ -233,9 +250,10 @@ impl QueueHandler for Rx {
 
     fn timeout(&self) -> Option<Duration> {
         if let Some(partial) = &self.partial {
-            // Never nothing, which would be a poll that does not wait, over and over, until the time has come.
-            let left = partial.until.saturating_duration_since(Instant::now());
-            return Some(left.max(Duration::from_millis(1)));
+            return Some(limits::left(partial.until));
+        }
+        if let Some(until) = self.throttled {
+            return Some(limits::left(until));
         }
         self.resting.then_some(REST)
     }

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::counters::Counters;
 use super::features::{self, GUEST_ANNOUNCE};
+use super::limits::Limits;
 use super::mac::MacAddr;
 use super::port::Port;
 use crate::virtio::VirtioInterrupt;
@@ -46,6 +47,7 @@ pub(super) struct Shared {
     active: AtomicU16,
     large_packets: AtomicBool,
     choices: Mutex<Choices>,
+    pub(super) limits: Limits,
 }
 
 impl Shared {
@@ -73,10 +75,16 @@ impl Shared {
                 announce: false,
                 offloads: None,
             }),
+            limits: Limits::default(),
             pairs,
         };
         shared.activate(1)?;
         Ok(shared)
+    }
+
+    /// The same with limits of how much goes each way.
+    pub(super) fn limited(self, limits: Limits) -> Self {
+        Self { limits, ..self }
     }
 
     /// Pairs that there are; not more than [`super::MAX_QUEUE_PAIRS`].

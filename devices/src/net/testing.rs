@@ -11,6 +11,7 @@ use super::port::Port;
 use super::shared::Shared;
 use super::tap::TapOffloads;
 use super::{HEADER_LEN, MacAddr, Net, NetConfig};
+use crate::rate_limiter::RateLimiterConfig;
 use crate::virtio::testing::Driver;
 use crate::virtio::{VERSION_1, VirtioDevice};
 
@@ -108,9 +109,19 @@ pub(super) fn shared_on(fd: OwnedFd) -> Arc<Shared> {
 
 /// A device whose driver has accepted `accepted`, and its other ends.
 pub(super) fn device(pairs: usize, accepted: u64) -> (Net, Vec<UnixDatagram>, Arc<Host>) {
+    limited_device(pairs, accepted, None)
+}
+
+/// The same with limits.
+pub(super) fn limited_device(
+    pairs: usize,
+    accepted: u64,
+    rate_limiter: Option<RateLimiterConfig>,
+) -> (Net, Vec<UnixDatagram>, Arc<Host>) {
     let (ports, others, host) = ports(pairs);
     let config = NetConfig {
         mtu: Some(1500),
+        rate_limiter,
         ..NetConfig::new(mac())
     };
     let net = Net::on_ports(config, ports, OFFLOADS).expect("a device");

@@ -3,11 +3,14 @@
 //! An interface that is full is tried again every [`RETRY`], up to [`TRIES`] times, and only then is the packet dropped: TCP takes a loss
 //! for congestion, and a moment's wait for nothing. A TAP interface is hardly ever full, since the host's stack takes or drops a packet
 //! at once; while one is, each packet is tried once and dropped, so that the guest's transmit queue never stands still for long.
+//!
+//! A rate limiter lets packets wait in the ring, however long.
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::limits;
 use super::port;
 use super::shared::Shared;
 use super::{HEADER_LEN, MAX_IOVECS, MAX_PACKET};
@@ -22,6 +25,8 @@ enum Sent {
     /// Or dropped.
     Gone,
     Full,
+    /// The rate limiter lets nothing pass before then.
+    Throttled(Instant),
 }
 
 pub(super) struct Tx {
@@ -30,6 +35,9 @@ pub(super) struct Tx {
     /// How often the interface was full in a row; not above [`TRIES`].
     full: u32,
     waiting: bool,
+    /// The next packet has been taken from the rate limiter, and is tried again.
+    paid: bool,
+    throttled: Option<Instant>,
 }
 
 impl Tx {
@@ -39,6 +47,8 @@ impl Tx {
             pair,
             full: 0,
             waiting: false,
+            paid: false,
+            throttled: None,
         }
     }
 
@@ -57,6 +67,12 @@ impl Tx {
                 Sent::Full => {
                     queue.unpop();
                     self.waiting = true;
+                    return Ok(());
+                }
+                Sent::Throttled(until) => {
+                    queue.unpop();
+                    self.shared.counters.tx.throttled.add(1);
+                    self.throttled = Some(until);
                     return Ok(());
                 }
             }
@@ -84,6 +100,12 @@ impl Tx {
             tx.errors.add(1);
             return Ok(Sent::Gone);
         }
+        if !self.paid
+            && let Err(until) = self.shared.limits.tx.take(len - HEADER_LEN as u64)
+        {
+            return Ok(Sent::Throttled(until));
+        }
+        self.paid = true;
         // SAFETY: the buffers are in the queue's guest memory.
         let result = unsafe { port::write_packet(self.shared.port(self.pair).fd(), &buffers) };
         match result {
@@ -105,6 +127,7 @@ impl Tx {
             },
         }
         self.full = 0;
+        self.paid = false;
         Ok(Sent::Gone)
     }
 
@@ -117,6 +140,10 @@ impl Tx {
 
 impl QueueHandler for Tx {
     fn process(&mut self, queue: &mut Virtqueue) -> Result<(), QueueError> {
+        if self.throttled.is_some_and(|until| Instant::now() < until) {
+            return Ok(());
+        }
+        self.throttled = None;
         self.waiting = false;
         self.transmit(queue)?;
         queue.signal()
@@ -127,6 +154,9 @@ impl QueueHandler for Tx {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        self.waiting.then_some(RETRY)
+        match self.throttled {
+            Some(until) => Some(limits::left(until)),
+            None => self.waiting.then_some(RETRY),
+        }
     }
 }

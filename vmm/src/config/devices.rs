@@ -86,7 +86,7 @@ pub struct RateLimiterConfig {
     /// Bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<TokenBucketConfig>,
-    /// Requests.
+    /// Requests, or packets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<TokenBucketConfig>,
 }
@@ -135,6 +135,9 @@ pub struct NetConfig {
     /// Largest packet, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+    /// How fast it may be, each way on its own, all queues together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
     /// Queues, an even number: each pair receives and sends.
     #[serde(default = "one_pair")]
     pub num_queues: u16,
@@ -166,6 +169,19 @@ pub struct VsockConfig {
     pub cid: u64,
     /// Unix socket, made here, on which the host connects to the guest (`CONNECT PORT`); the guest connects to `SOCKET_PORT`.
     pub socket: PathBuf,
+    /// Name in the machine, `vsock` by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Slot on the PCI bus of one that was added to a machine that ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_slot: Option<u8>,
+}
+
+impl VsockConfig {
+    /// Its name in the machine.
+    pub fn id(&self) -> &str {
+        self.id.as_deref().unwrap_or("vsock")
+    }
 }
 
 /// The balloon.
@@ -230,6 +246,10 @@ impl VmConfig {
                 disk.num_queues = if disk.vhost_user { 1 } else { queues };
             }
         }
+        if let Some(vsock) = &mut self.vsock {
+            // What is empty or the default is not said.
+            vsock.id.take_if(|id| id.is_empty() || id == "vsock");
+        }
         for net in &mut self.net {
             if net.id.as_deref().is_none_or(str::is_empty) {
                 net.id = name("net");
@@ -246,7 +266,8 @@ impl VmConfig {
         let disks = self.disks.iter().filter_map(|disk| disk.id.as_deref());
         let nets = self.net.iter().filter_map(|net| net.id.as_deref());
         let fs = self.fs.iter().filter_map(|fs| fs.id.as_deref());
-        disks.chain(nets).chain(fs)
+        let vsock = self.vsock.iter().filter_map(|vsock| vsock.id.as_deref());
+        disks.chain(nets).chain(fs).chain(vsock)
     }
 
     pub(super) fn validate_devices(&self) -> Result<(), ConfigError> {
@@ -288,7 +309,10 @@ impl VmConfig {
             if disk.serial.as_ref().is_some_and(|serial| serial.len() > 20) {
                 return Err(field("disks.serial", "longer than 20 bytes", "shorten it"));
             }
-            disk.rate_limiter_config.iter().try_for_each(rate)?;
+            let limits = disk.rate_limiter_config.iter();
+            limits
+                .copied()
+                .try_for_each(|limits| rate("disks.rate_limiter_config", limits))?;
         }
         for net in &self.net {
             queues(
@@ -297,6 +321,10 @@ impl VmConfig {
                 net.num_queues,
                 net.queue_size,
             )?;
+            let limits = net.rate_limiter_config.iter();
+            limits
+                .copied()
+                .try_for_each(|limits| rate("net.rate_limiter_config", limits))?;
             if !net.num_queues.is_multiple_of(2) {
                 return Err(field(
                     "net.num_queues",
@@ -321,7 +349,8 @@ impl VmConfig {
         let slots = self.disks.iter().filter_map(|disk| disk.pci_slot);
         let mut taken = BTreeSet::new();
         let slots = slots.chain(self.net.iter().filter_map(|net| net.pci_slot));
-        for slot in slots.chain(self.fs.iter().filter_map(|fs| fs.pci_slot)) {
+        let slots = slots.chain(self.fs.iter().filter_map(|fs| fs.pci_slot));
+        for slot in slots.chain(self.vsock.iter().filter_map(|vsock| vsock.pci_slot)) {
             if !(1..devices::pci::SLOTS).contains(&slot) || !taken.insert(slot) {
                 return Err(field(
                     "pci_slot",
@@ -375,7 +404,7 @@ pub(super) fn queues(
     Ok(())
 }
 
-fn rate(limits: &RateLimiterConfig) -> Result<(), ConfigError> {
+fn rate(field_name: &'static str, limits: RateLimiterConfig) -> Result<(), ConfigError> {
     let buckets = [limits.bandwidth, limits.ops];
     match buckets
         .iter()
@@ -383,7 +412,7 @@ fn rate(limits: &RateLimiterConfig) -> Result<(), ConfigError> {
         .find(|bucket| bucket.size == 0 || bucket.refill_time == 0)
     {
         Some(_) => Err(field(
-            "disks.rate_limiter_config",
+            field_name,
             "a bucket of no size, or one that never fills",
             "give size and refill_time (in milliseconds) greater than zero, or leave the bucket out",
         )),

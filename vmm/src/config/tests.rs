@@ -337,6 +337,11 @@ fn bad_values_name_the_field_and_the_fix() {
             json!({"disks": [{"path": "a", "serial": "123456789012345678901"}]}),
         ),
         (
+            "net.rate_limiter_config",
+            "greater than zero",
+            json!({"net": [{"rate_limiter_config": {"bandwidth": {"size": 1, "refill_time": 0}}}]}),
+        ),
+        (
             "disks.rate_limiter_config",
             "greater than zero",
             json!({"disks": [{"path": "a", "rate_limiter_config": {"ops": {"size": 0, "refill_time": 1}}}]}),
@@ -380,6 +385,11 @@ fn bad_values_name_the_field_and_the_fix() {
             "vsock.cid",
             "use 3",
             json!({"vsock": {"cid": 2, "socket": "s"}}),
+        ),
+        (
+            "id",
+            "its own",
+            json!({"vsock": {"cid": 3, "socket": "s", "id": "a"}, "disks": [{"path": "d", "id": "a"}]}),
         ),
     ];
     for (name, fix, over) in wrong {

@@ -15,7 +15,7 @@ use devices::rate_limiter::{RateLimiterConfig as Limits, TokenBucketConfig as Bu
 use devices::vhost_user::{VhostConfig, VhostError, VhostKind, VhostUser};
 use memory::GuestRam;
 
-use crate::config::{DiskConfig, FsConfig, NetConfig, TokenBucketConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, RateLimiterConfig, TokenBucketConfig};
 
 /// How long a source waits for an image that the destination has locked and is about to let go.
 pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(10);
@@ -33,13 +33,20 @@ pub(super) enum NetEndError {
     Random(#[from] std::io::Error),
 }
 
-/// Opens a disk's image.
-pub(super) fn disk(id: &str, config: &DiskConfig, arriving: bool) -> Result<Block, DiskError> {
+fn limits(config: RateLimiterConfig) -> Limits {
     let bucket = |bucket: TokenBucketConfig| Bucket {
         size: bucket.size,
         one_time_burst: bucket.one_time_burst,
         refill_time_ms: bucket.refill_time,
     };
+    Limits {
+        bandwidth: config.bandwidth.map(bucket),
+        ops: config.ops.map(bucket),
+    }
+}
+
+/// Opens a disk's image.
+pub(super) fn disk(id: &str, config: &DiskConfig, arriving: bool) -> Result<Block, DiskError> {
     let made = BlockConfig {
         path: config.path.clone(),
         read_only: config.readonly,
@@ -52,10 +59,7 @@ pub(super) fn disk(id: &str, config: &DiskConfig, arriving: bool) -> Result<Bloc
         ),
         num_queues: config.num_queues,
         queue_size: config.queue_size,
-        rate_limiter: config.rate_limiter_config.map(|limits| Limits {
-            bandwidth: limits.bandwidth.map(bucket),
-            ops: limits.ops.map(bucket),
-        }),
+        rate_limiter: config.rate_limiter_config.map(limits),
         engine: config.disable_io_uring.then_some(EngineKind::Sync),
     };
     if arriving {
@@ -84,6 +88,7 @@ pub(super) fn net(config: &mut NetConfig) -> Result<Net, NetEndError> {
     let interface = Interface {
         mac,
         mtu: config.mtu,
+        rate_limiter: config.rate_limiter_config.map(limits),
         queue_size: config.queue_size,
     };
     Ok(Net::new(interface, taps)?)
