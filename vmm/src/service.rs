@@ -11,7 +11,7 @@ use hypervisor::HypervisorKind;
 use migration::snapshot::Loading;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DiskConfig, FsConfig, NetConfig, SerialConfig, VmConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, SerialConfig, VmConfig, VsockConfig};
 use crate::job::{JobId, JobInfo};
 
 /// A request to the machine's thread.
@@ -43,6 +43,8 @@ pub enum Request {
     AddNet(Box<NetConfig>),
     /// Add a file system.
     AddFs(Box<FsConfig>),
+    /// Add a vsock.
+    AddVsock(Box<VsockConfig>),
     /// Take a device away, once the guest lets it go.
     RemoveDevice(RemoveDevice),
     /// Say what it boots from.
@@ -128,7 +130,7 @@ pub struct VmInfo {
     pub hypervisor: Option<String>,
 }
 
-/// What `vm.add-disk`, `vm.add-net` and `vm.add-fs` answer.
+/// What `vm.add-disk`, `vm.add-net`, `vm.add-fs` and `vm.add-vsock` answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceInfo {
     /// Its name in the machine.

@@ -58,6 +58,7 @@ pub fn router(service: Service) -> Router {
         .route(&path("vm.add-disk"), put(add_disk))
         .route(&path("vm.add-net"), put(add_net))
         .route(&path("vm.add-fs"), put(add_fs))
+        .route(&path("vm.add-vsock"), put(add_vsock))
         .route(&path("vm.remove-device"), put(remove_device))
         .route(&path("vm.payload"), put(payload))
         .route(&path("vm.resize"), put(resize))
@@ -116,15 +117,26 @@ async fn counters(State(service): State<Service>) -> Answer {
 }
 
 async fn add_disk(State(service): State<Service>, Body(body): Body) -> Answer {
-    added(&ask(&service, Request::AddDisk(Box::new(parse(&body)?))).await?)
+    added(&ask(&service, Request::AddDisk(device("disks", &body)?)).await?)
 }
 
 async fn add_net(State(service): State<Service>, Body(body): Body) -> Answer {
-    added(&ask(&service, Request::AddNet(Box::new(parse(&body)?))).await?)
+    added(&ask(&service, Request::AddNet(device("net", &body)?)).await?)
+}
+
+async fn add_vsock(State(service): State<Service>, Body(body): Body) -> Answer {
+    added(&ask(&service, Request::AddVsock(device("vsock", &body)?)).await?)
+}
+
+/// A device as it would be in this section of a config.
+fn device<T: DeserializeOwned>(section: &'static str, body: &[u8]) -> Result<Box<T>, Problem> {
+    VmConfig::device(section, not_empty(body)?)
+        .map(Box::new)
+        .map_err(|error| Problem::bad_request(error.to_string()))
 }
 
 async fn add_fs(State(service): State<Service>, Body(body): Body) -> Answer {
-    added(&ask(&service, Request::AddFs(Box::new(parse(&body)?))).await?)
+    added(&ask(&service, Request::AddFs(device("fs", &body)?)).await?)
 }
 
 fn added(response: &Response) -> Answer {

@@ -90,7 +90,19 @@ enum CtlRequest {
         #[arg(long)]
         id: Option<String>,
     },
-    /// Take a disk, network interface or file system away: asks the guest, which lets it go or does not.
+    /// Add a vsock; prints its id and where the guest finds it. A machine has one at most.
+    AddVsock {
+        /// The guest's address: 3 to 4294967294.
+        #[arg(long)]
+        cid: u64,
+        /// The unix socket, made there, on which the host connects to the guest.
+        #[arg(long, value_name = "PATH")]
+        socket: PathBuf,
+        /// Its name in the machine.
+        #[arg(long)]
+        id: Option<String>,
+    },
+    /// Take a disk, network interface, file system or vsock away: asks the guest, which lets it go or does not.
     RemoveDevice {
         /// Its name in the machine.
         id: String,
@@ -226,6 +238,12 @@ fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, Cl
                 .with_context(|| format!("socket {}", socket.display()))?;
             let body = json!({"tag": tag, "socket": socket, "id": id});
             client.put_json("vm.add-fs", body.to_string().into_bytes())
+        }
+        CtlRequest::AddVsock { cid, socket, id } => {
+            let socket = std::path::absolute(socket)
+                .with_context(|| format!("socket {}", socket.display()))?;
+            let body = json!({"cid": cid, "socket": socket, "id": id});
+            client.put_json("vm.add-vsock", body.to_string().into_bytes())
         }
         CtlRequest::RemoveDevice { id } => client.put_json(
             "vm.remove-device",

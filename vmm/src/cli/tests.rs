@@ -46,6 +46,7 @@ fn accepted() {
         "receive tcp:127.0.0.1:0 --kernel k --initramfs i",
         "ctl --api-socket a.sock payload --kernel k --initramfs i",
         "ctl --api-socket a.sock payload --trust-source",
+        "ctl --api-socket a.sock add-vsock --cid 3 --socket s --id v",
         "ctl --api-socket a.sock snapshot /srv/s",
         "restore /srv/s",
         "restore s --verify --serial off --disk a=b --tap c=d",

@@ -1,13 +1,13 @@
 //! What may be changed of a machine while it exists: devices that come and go, sizes.
 //!
 //! ```text
-//!   vm.add-disk, -net, -fs ──┬─ not built: into the config, there at the next boot
-//!                            └─ built: made, put into a slot, the guest is told; then into the config
+//!   vm.add-disk, -net, -fs, -vsock ──┬─ not built: into the config, there at the next boot
+//!                                    └─ built: made, put into a slot, the guest is told; then into the config
 //!   vm.remove-device ─┬─ not built: out of the config
 //!                     └─ built: the guest is asked ··· it lets go ··· Event::Ejected ─► out of the config
 //! ```
 
-use crate::config::{DiskConfig, FsConfig, NetConfig, VmConfig};
+use crate::config::{DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig};
 use crate::job::JobKind;
 use crate::service::{
     DeviceInfo, ErrorKind, Reply, Resize, ResizeDisk, Response, ServiceError, VmState,
@@ -71,6 +71,34 @@ impl Owner {
             },
             |config, at| (config.fs[at].id.clone(), config.fs[at].pci_slot),
             |instance, config, at| instance.add_fs(&mut config.fs[at]),
+        )
+    }
+
+    /// A machine has one at most.
+    pub(super) fn add_vsock(&mut self, vsock: VsockConfig) -> Reply {
+        let vm = self.vm_in(&CHANGEABLE, "add a device to")?;
+        if let Some(there) = &vm.config.vsock {
+            return Err(ServiceError::wrong_state(format!(
+                "the VM has a vsock already, `{}`, and can have one: remove it first",
+                there.id()
+            )));
+        }
+        self.add(
+            |config| {
+                config.vsock = Some(vsock);
+                0
+            },
+            |config, _| {
+                let vsock = config.vsock.as_ref();
+                (
+                    vsock.map(|vsock| vsock.id().to_owned()),
+                    vsock.and_then(|vsock| vsock.pci_slot),
+                )
+            },
+            |instance, config, _| match &mut config.vsock {
+                Some(vsock) => instance.add_vsock(vsock),
+                None => Ok(()),
+            },
         )
     }
 
@@ -219,12 +247,14 @@ fn removable(config: &VmConfig, id: &str) -> bool {
         .any(|disk| disk.id.as_deref() == Some(id))
         || config.net.iter().any(|net| net.id.as_deref() == Some(id))
         || config.fs.iter().any(|fs| fs.id.as_deref() == Some(id))
+        || config.vsock.as_ref().is_some_and(|vsock| vsock.id() == id)
 }
 
 fn take_out(config: &mut VmConfig, id: &str) {
     config.disks.retain(|disk| disk.id.as_deref() != Some(id));
     config.net.retain(|net| net.id.as_deref() != Some(id));
     config.fs.retain(|fs| fs.id.as_deref() != Some(id));
+    config.vsock.take_if(|vsock| vsock.id() == id);
 }
 
 #[cfg(test)]

@@ -34,7 +34,7 @@ use super::demand::Demands;
 use super::devices::{DeviceError, DeviceSet};
 use super::ends;
 use super::vcpus::VcpuSet;
-use crate::config::{ConfigError, DiskConfig, FsConfig, NetConfig, VmConfig};
+use crate::config::{ConfigError, DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig};
 
 /// Why a machine cannot be built or started.
 #[derive(Debug, thiserror::Error)]
@@ -448,6 +448,10 @@ impl Instance {
             check(&device).map_err(|reason| DeviceError::Stays { id, reason })?;
         }
         Ok(())
+    }
+
+    pub(super) fn add_vsock(&self, config: &mut VsockConfig) -> Result<(), DeviceError> {
+        self.devices.pci().add_vsock(config)
     }
 
     /// False if there is no such device.

@@ -123,6 +123,7 @@ impl Owner {
             Request::AddDisk(disk) => self.add_disk(*disk),
             Request::AddNet(net) => self.add_net(*net),
             Request::AddFs(fs) => self.add_fs(*fs),
+            Request::AddVsock(vsock) => self.add_vsock(*vsock),
             Request::RemoveDevice(device) => self.remove_device(&device.id),
             Request::Payload(wanted) => self.payload(*wanted),
             Request::Resize(wanted) => self.resize(wanted),

@@ -32,7 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::demand::Demands;
 use super::devices::DeviceError;
 use super::ends;
-use crate::config::{DiskConfig, FsConfig, NetConfig, VmConfig, urandom};
+use crate::config::{DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig, urandom};
 
 /// What a device is, for those who need more of it than the bus does.
 #[derive(Clone)]
@@ -61,7 +61,10 @@ impl Device {
 
     /// Whether it may go while the machine exists. All others are part of every machine of the config: a destination would miss their state.
     fn is_removable(&self) -> bool {
-        matches!(self, Self::Disk(_) | Self::Net(_) | Self::Vhost(_))
+        matches!(
+            self,
+            Self::Disk(_) | Self::Net(_) | Self::Vhost(_) | Self::Vsock(_)
+        )
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
@@ -191,11 +194,6 @@ impl PciSet {
             let console = Console::new(end, None).map_err(|error| refused("console", error))?;
             set.put("console", None, Device::Console(Arc::new(console)))?;
         }
-        if let Some(vsock) = &config.vsock {
-            let vsock = Vsock::new(vsock.cid, vsock.socket.clone())
-                .map_err(|error| refused("vsock", error))?;
-            set.put("vsock", None, Device::Vsock(Arc::new(vsock)))?;
-        }
         // Those whose slots are known first, so that no other takes them.
         let mut disks: Vec<&mut DiskConfig> = config.disks.iter_mut().collect();
         disks.sort_by_key(|disk| disk.pci_slot.is_none());
@@ -216,7 +214,13 @@ impl PciSet {
         for disk in old_disks {
             set.put_disk(disk, arriving)?;
         }
-        for net in old_nets.into_iter().chain(new_nets) {
+        for net in old_nets {
+            set.put_net(net)?;
+        }
+        if let Some(vsock) = &config.vsock {
+            set.put_vsock(vsock)?;
+        }
+        for net in new_nets {
             set.put_net(net)?;
         }
         for disk in new_disks {
@@ -240,6 +244,14 @@ impl PciSet {
         let slot = self.put(&id, config.pci_slot, device)?;
         config.pci_slot = Some(slot);
         Ok(())
+    }
+
+    /// Its slot, if it does not say one, is the first that no other has: the same at every start.
+    fn put_vsock(&self, config: &VsockConfig) -> Result<u8, DeviceError> {
+        let id = config.id();
+        let vsock = Vsock::new(config.cid, config.socket.clone());
+        let vsock = vsock.map_err(|error| refused(id, error))?;
+        self.put(id, config.pci_slot, Device::Vsock(Arc::new(vsock)))
     }
 
     fn put_net(&self, config: &mut NetConfig) -> Result<(), DeviceError> {
@@ -299,6 +311,13 @@ impl PciSet {
     /// Adds a file system to a machine that runs, and tells the guest.
     pub(super) fn add_fs(&self, config: &mut FsConfig) -> Result<(), DeviceError> {
         self.put_fs(config)?;
+        self.added();
+        Ok(())
+    }
+
+    /// Adds a vsock to a machine that runs, and tells the guest.
+    pub(super) fn add_vsock(&self, config: &mut VsockConfig) -> Result<(), DeviceError> {
+        config.pci_slot = Some(self.put_vsock(config)?);
         self.added();
         Ok(())
     }

@@ -47,6 +47,7 @@ type Body = (&'static str, fn(Guest) -> Result<()>);
 const BODIES: [Body; 4] = [
     ("writes_go_on_over_moves", writes_go_on_over_moves),
     ("devices_come_and_go", devices_come_and_go),
+    ("a_vsock_comes_and_goes", vsock_comes_and_goes),
     ("a_stream_survives_a_move_to_another_host", stream),
     ("two_guests_on_a_bridge", two_guests),
 ];
@@ -222,6 +223,59 @@ fn devices_come_and_go(guest: Guest) -> Result<()> {
             vm=dst
             round 2
             tell dst 'poweroff -f'
+            ends dst 0"#;
+    host.run(&script)?.success()
+}
+
+/// A vsock is added to a guest that runs, moves with it, goes, and another one comes; there is one at most.
+fn vsock_comes_and_goes(guest: Guest) -> Result<()> {
+    let vsock = built("vsock", "VSOCK_BIN", "probes")?;
+    let host = host(guest, "")?
+        .guest_program(&vsock, "bin/vsock")
+        .program(&vsock, "bin/vsock");
+    let script = guest.back_end.prelude(guest.vcpus)
+        + r#"api() { vmm ctl --api-socket /tmp/$vm.sock "$@"; }
+            refused() {
+                word=$1
+                shift
+                api "$@" >/tmp/api.out 2>/tmp/api.err && fail "accepted: $*"
+                grep -q "$word" /tmp/api.err || fail "not for $word: $(cat /tmp/api.err)"
+            }
+            # works N SOCKET COUNT: the host reaches the guest by SOCKET, and the guest the host; it listens here for the COUNT-th time.
+            works() {
+                tell $vm "vsock echo 100$1 &"
+                expect $vm 'vsock: listening' $3
+                until_ok 20 sh -c "vsock ask $2 100$1 hello-$1 | grep -q 'vsock: hello-$1'"
+                vsock answer $2_200$1 >/tmp/heard &
+                answering=$!
+                until_ok 10 [ -S $2_200$1 ]
+                tell $vm "vsock tell 200$1 from-the-guest-$1"
+                expect $vm "vsock: heard: from-the-guest-$1"
+                wait $answering
+                grep -q from-the-guest-$1 /tmp/heard || fail 'the host heard something else'
+            }
+            boot src
+            vm=src
+            refused 'vsock.cid' add-vsock --cid 2 --socket /tmp/one
+            refused 'no device .vsock.' remove-device vsock
+            api add-vsock --cid 7 --socket /tmp/one --id talk | tee /tmp/added
+            grep -q '"id": "talk"' /tmp/added && grep -q '"bdf": "0000:00:' /tmp/added || fail 'no address'
+            refused 'has a vsock already, .talk.' add-vsock --cid 8 --socket /tmp/other
+            works 1 /tmp/one 1
+            receive dst unix:/tmp/move.sock --trust-source --vsock /tmp/there
+            move_away src unix:/tmp/move.sock
+            arrived dst
+            vm=dst
+            api info | grep -q '"pci_slot"' || fail 'its slot did not move'
+            # What listened has gone with its connections, or has not heard of the move: a new port will do.
+            works 2 /tmp/there 1
+            tell dst 'killall vsock'
+            api remove-device talk
+            until_ok 30 sh -c "! vmm ctl --api-socket /tmp/dst.sock info | grep -q talk"
+            [ ! -e /tmp/there ] || fail 'its socket is left'
+            api add-vsock --cid 9 --socket /tmp/again
+            works 3 /tmp/again 2
+            tell dst 'killall vsock; poweroff -f'
             ends dst 0"#;
     host.run(&script)?.success()
 }
