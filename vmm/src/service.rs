@@ -261,7 +261,7 @@ pub struct ReceiveMigration {
     /// Images of the guest's disks here, by the disks' ids.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub disks: BTreeMap<String, PathBuf>,
-    /// TAPs of its network interfaces here, by their ids.
+    /// TAPs of its network interfaces here, by their ids: a name, or `fd:N,…`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub taps: BTreeMap<String, String>,
     /// Sockets of the vhost-user back ends of its devices here, by the devices' ids.
@@ -317,7 +317,7 @@ pub struct RestoreRequest {
     /// Images of its disks, by the disks' ids. They must hold what they held when the snapshot was taken.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub disks: BTreeMap<String, PathBuf>,
-    /// TAPs of its network interfaces, by their ids.
+    /// TAPs of its network interfaces, by their ids: a name, or `fd:N,…`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub taps: BTreeMap<String, String>,
     /// Sockets of the vhost-user back ends of its devices, by the devices' ids.

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::control::Control;
-use super::features::{self, MQ, MRG_RXBUF};
+use super::features::{self, MQ, MRG_RXBUF, Offloads};
 use super::limits::Limits;
 use super::mac::MacAddr;
 use super::port::{self, Port};
@@ -38,6 +38,8 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// How much may go each way, all queue pairs together: each direction has such a limit of its own.
     pub rate_limiter: Option<RateLimiterConfig>,
+    /// What it offers of what its interface can.
+    pub offloads: Offloads,
     /// Descriptors of each receive and transmit queue: a power of two from 64 to 1024.
     pub queue_size: u16,
 }
@@ -49,6 +51,7 @@ impl NetConfig {
             mac,
             mtu: None,
             rate_limiter: None,
+            offloads: Offloads::default(),
             queue_size: 256,
         }
     }
@@ -120,7 +123,12 @@ impl Net {
         let limits = config.rate_limiter.as_ref().map(Limits::new);
         let limits = limits.unwrap_or_default();
         Ok(Self {
-            features: features::offered(offloads, config.mtu.is_some(), ports.len() > 1),
+            features: features::offered(
+                offloads,
+                config.offloads,
+                config.mtu.is_some(),
+                ports.len() > 1,
+            ),
             shared: Arc::new(Shared::new(ports, config.mac)?.limited(limits)),
             config,
             interface: None,

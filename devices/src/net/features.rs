@@ -58,8 +58,45 @@ pub(super) fn of_control(mtu: bool, several_pairs: bool) -> u64 {
     features
 }
 
+/// Which work the guest may leave to the host, and the host to the guest, as far as the interface can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// TCP segmentation.
+    pub tso: bool,
+    /// UDP fragmentation and segmentation.
+    pub ufo: bool,
+    /// Checksums, without which there is nothing of the others.
+    pub csum: bool,
+}
+
+impl Default for Offloads {
+    fn default() -> Self {
+        Self {
+            tso: true,
+            ufo: true,
+            csum: true,
+        }
+    }
+}
+
+impl Offloads {
+    /// The feature bits that a device does not offer.
+    fn without(self) -> u64 {
+        let checksums = CSUM | GUEST_CSUM | CTRL_GUEST_OFFLOADS;
+        let tcp = GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | HOST_TSO4 | HOST_TSO6 | HOST_ECN;
+        let udp = GUEST_UFO | HOST_UFO | GUEST_USO4 | GUEST_USO6 | HOST_USO;
+        let off = |on: bool, bits| if on && self.csum { 0 } else { bits };
+        off(true, checksums) | off(self.tso, tcp) | off(self.ufo, udp)
+    }
+}
+
 /// What a device offers on such an interface.
-pub(super) fn offered(offloads: TapOffloads, mtu: bool, several_pairs: bool) -> u64 {
+pub(super) fn offered(
+    offloads: TapOffloads,
+    wanted: Offloads,
+    mtu: bool,
+    several_pairs: bool,
+) -> u64 {
     let mut features = CSUM
         | GUEST_CSUM
         | CTRL_GUEST_OFFLOADS
@@ -86,7 +123,7 @@ pub(super) fn offered(offloads: TapOffloads, mtu: bool, several_pairs: bool) -> 
             features |= bits;
         }
     }
-    features
+    features & !wanted.without()
 }
 
 /// What the specification calls a bit.
@@ -155,6 +192,27 @@ pub(super) fn tap_flags(guest_offloads: u64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_switched_off_is_not_offered() {
+        let all = TapOffloads {
+            ufo: true,
+            uso: true,
+        };
+        let off = |tso, ufo, csum| {
+            let everything = offered(all, Offloads::default(), true, true);
+            everything & !offered(all, Offloads { tso, ufo, csum }, true, true)
+        };
+        let tcp = GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | HOST_TSO4 | HOST_TSO6 | HOST_ECN;
+        let udp = GUEST_UFO | HOST_UFO | GUEST_USO4 | GUEST_USO6 | HOST_USO;
+        assert_eq!(off(true, true, true), 0);
+        assert_eq!(off(false, true, true), tcp);
+        assert_eq!(off(true, false, true), udp);
+        assert_eq!(
+            off(true, true, false),
+            tcp | udp | CSUM | GUEST_CSUM | CTRL_GUEST_OFFLOADS
+        );
+    }
 
     #[test]
     fn flags_that_build_on_others_come_with_them() {

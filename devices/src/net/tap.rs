@@ -3,14 +3,14 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::ioctl::{self, Interface};
 use super::mac::MacAddr;
 use super::tap_error::TapError;
-use super::{HEADER_LEN, MAX_QUEUE_PAIRS};
+use super::{HEADER_LEN, MAX_QUEUE_PAIRS, passed};
 
 /// How an interface is called that nobody has named.
 const AUTOMATIC_NAME: &str = "vmtap%d";
@@ -86,6 +86,12 @@ impl Tap {
         let taps = Self::all(fds, &name)?;
         set_up(&name, config)?;
         Ok(taps)
+    }
+
+    /// Takes descriptors that were passed to this process when it was started, by their numbers; see [`Tap::from_fds`]. They stay open, so
+    /// that this can be called again once the interface's device has ended.
+    pub fn from_numbers(numbers: &[RawFd]) -> Result<Vec<Self>, TapError> {
+        Self::from_fds(passed::duplicates(numbers)?)
     }
 
     /// Takes descriptors that someone else has opened, one a queue pair of one interface, which is left as it is but for header length and

@@ -279,6 +279,17 @@ fn descriptors_that_are_passed_are_looked_at() {
         let mut nothing = [0; 64];
         let read = rustix::io::read(taps[0].as_fd(), &mut nothing);
         assert_eq!(read, Err(rustix::io::Errno::AGAIN), "it does not wait");
+        // By their numbers, as a machine does at each of its starts.
+        let passed = [raw("d", several), raw("d", several)];
+        for fd in &passed {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).expect("open");
+        }
+        let numbers = passed.each_ref().map(AsRawFd::as_raw_fd);
+        for _ in 0..2 {
+            let again = Tap::from_numbers(&numbers).expect("taps");
+            assert_eq!((again.len(), again[0].name()), (2, "d"));
+            drop(on(again, 0));
+        }
         // A device detaches the second; passed on, it is taken all the same.
         let fds = taps
             .iter()

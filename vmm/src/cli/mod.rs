@@ -193,8 +193,9 @@ struct ArrivalArgs {
     /// The image of one of the guest's disks here; may be given for each.
     #[arg(long = "disk", value_name = "ID=PATH", value_parser = pair)]
     disks: Vec<(String, String)>,
-    /// The TAP of one of the guest's network interfaces here; may be given for each.
-    #[arg(long = "tap", value_name = "ID=NAME", value_parser = pair)]
+    /// The TAP of one of the guest's network interfaces here, by name, or as `fd:N,…`: descriptors passed to this process, one a pair of
+    /// queues; may be given for each.
+    #[arg(long = "tap", value_name = "ID=NAME|ID=fd:N", value_parser = pair)]
     taps: Vec<(String, String)>,
     /// The socket of the vhost-user back end of one of the guest's devices here; may be given for each.
     #[arg(long = "vhost", value_name = "ID=SOCKET", value_parser = pair)]

@@ -31,7 +31,6 @@ const KNOWN: &[&str] = &[
     "memory.prefault",
     "memory.reserve",
     "memory.zones",
-    "net.fds",
     "net.iommu",
     "net.pci_segment",
     "numa",

@@ -120,6 +120,10 @@ pub struct NetConfig {
     /// TAP on the host, made if it is not there; a new name if it is not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tap: Option<String>,
+    /// Descriptors of a TAP that was opened for this process and passed to it when it was started, one a queue pair, instead of `tap`. The
+    /// interface is left as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fds: Option<Vec<i32>>,
     /// IPv4 address of the TAP.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ip: Option<Ipv4Addr>,
@@ -138,6 +142,15 @@ pub struct NetConfig {
     /// How fast it may be, each way on its own, all queues together.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter_config: Option<RateLimiterConfig>,
+    /// TCP segmentation may be left to the other side, where the host can.
+    #[serde(default = "super::yes", skip_serializing_if = "is_true")]
+    pub offload_tso: bool,
+    /// UDP fragmentation and segmentation may.
+    #[serde(default = "super::yes", skip_serializing_if = "is_true")]
+    pub offload_ufo: bool,
+    /// Checksums may; without them nothing of the others.
+    #[serde(default = "super::yes", skip_serializing_if = "is_true")]
+    pub offload_csum: bool,
     /// Queues, an even number: each pair receives and sends.
     #[serde(default = "one_pair")]
     pub num_queues: u16,
@@ -208,6 +221,12 @@ fn is_empty(path: &std::path::Path) -> bool {
     path.as_os_str().is_empty()
 }
 
+/// What older builds do not know is said only where it differs.
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_true(value: &bool) -> bool {
+    *value
+}
+
 fn queue_128() -> u16 {
     128
 }
@@ -254,6 +273,7 @@ impl VmConfig {
             if net.id.as_deref().is_none_or(str::is_empty) {
                 net.id = name("net");
             }
+            net.fds.take_if(|fds| fds.is_empty());
         }
         for fs in &mut self.fs {
             if fs.id.as_deref().is_none_or(str::is_empty) {
@@ -333,6 +353,7 @@ impl VmConfig {
                 ));
             }
         }
+        self.validate_descriptors()?;
         let mut macs = BTreeSet::new();
         if let Some(twice) = self
             .net
@@ -376,6 +397,49 @@ impl VmConfig {
                 format!("{} bytes", balloon.size),
                 "use a multiple of 4096, at most the size of memory",
             ));
+        }
+        Ok(())
+    }
+}
+
+impl NetConfig {
+    /// What makes no sense together with descriptors that were passed.
+    fn beside_descriptors(&self) -> Option<&'static str> {
+        [
+            ("tap", self.tap.is_some()),
+            ("ip", self.ip.is_some()),
+            ("mask", self.mask.is_some()),
+            ("host_mac", self.host_mac.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(name, there)| there.then_some(name))
+    }
+}
+
+impl VmConfig {
+    fn validate_descriptors(&self) -> Result<(), ConfigError> {
+        let wrong = |problem: String, fix: &str| Err(field("net.fds", problem, fix));
+        let mut seen = BTreeSet::new();
+        for net in &self.net {
+            let Some(fds) = &net.fds else { continue };
+            if fds.len() * 2 != usize::from(net.num_queues) {
+                return wrong(
+                    format!("{} for {} queues", fds.len(), net.num_queues),
+                    "pass one for each pair of queues, and set num_queues to twice as many",
+                );
+            }
+            if let Some(name) = net.beside_descriptors() {
+                return wrong(
+                    format!("given together with `{name}`"),
+                    "leave it out: an interface that is passed is set up already",
+                );
+            }
+            if let Some(twice) = fds.iter().find(|fd| !seen.insert(**fd)) {
+                return wrong(
+                    format!("{twice} is there twice"),
+                    "pass a descriptor for each pair of queues",
+                );
+            }
         }
         Ok(())
     }

@@ -200,7 +200,29 @@ impl Ends {
                 );
                 return Err(refuse(RefusalKind::Device, detail));
             }
-            Some(tap) => net.tap = Some(tap.clone()),
+            Some(tap) => match tap.strip_prefix("fd:") {
+                None => (net.tap, net.fds) = (Some(tap.clone()), None),
+                Some(numbers) => {
+                    let numbers: Result<Vec<i32>, _> = numbers.split(',').map(str::parse).collect();
+                    let Ok(numbers) = numbers else {
+                        let detail = format!(
+                            "network interface {id}: `{tap}` are no descriptors: write fd:N, or fd:N,M for two pairs of queues"
+                        );
+                        return Err(refuse(RefusalKind::Config, detail));
+                    };
+                    net.fds = Some(numbers);
+                    // An interface that is passed is set up already.
+                    (net.tap, net.ip, net.mask, net.host_mac) = (None, None, None, None);
+                }
+            },
+            // Its numbers say nothing here, whoever is trusted.
+            None if net.fds.is_some() => {
+                let detail = format!(
+                    "network interface {id} is on descriptors that were passed at the source: say what it is on at the destination \
+                     (`vmm receive --tap ID=NAME` or `--tap ID=fd:N`)"
+                );
+                return Err(refuse(RefusalKind::Device, detail));
+            }
             None if self.trust_source => {}
             // A new interface without a name harms nobody.
             None if net.tap.is_none() && net.ip.is_none() => {}
@@ -280,6 +302,31 @@ mod tests {
             ends.apply(&mut config).expect("trusted");
             assert_eq!(config.net[0].tap.as_deref(), Some("tap0"));
         }
+    }
+
+    #[test]
+    fn descriptors_of_another_host_say_nothing_here() {
+        let config =
+            r#"{"payload": {"kernel": "k"}, "net": [{"id": "n", "fds": [7, 8], "num_queues": 4}]}"#;
+        let mut ends = Ends {
+            trust_source: true,
+            ..Ends::default()
+        };
+        let refused = ends.apply(&mut arriving(config)).expect_err("its numbers");
+        assert!(refused[0].detail.contains("fd:N"), "{refused:?}");
+        for (told, tap, fds) in [
+            ("tap3", Some("tap3"), None),
+            ("fd:5,6", None, Some(vec![5, 6])),
+        ] {
+            ends.taps.insert("n".to_owned(), told.to_owned());
+            let mut there = arriving(config);
+            ends.apply(&mut there).expect("told");
+            let net = &there.net[0];
+            assert_eq!((net.tap.as_deref(), &net.fds), (tap, &fds));
+        }
+        ends.taps.insert("n".to_owned(), "fd:x".to_owned());
+        let refused = ends.apply(&mut arriving(config)).expect_err("no numbers");
+        assert!(refused[0].detail.contains("fd:x"), "{refused:?}");
     }
 
     fn arriving(json: &str) -> VmConfig {

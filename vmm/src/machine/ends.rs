@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::block::{Block, Disk, DiskConfig as BlockConfig, DiskError, EngineKind};
-use devices::net::{MacAddr, Net, NetConfig as Interface, NetError, Tap, TapConfig, TapError};
+use devices::net::{
+    MacAddr, Net, NetConfig as Interface, NetError, Offloads, Tap, TapConfig, TapError,
+};
 use devices::rate_limiter::{RateLimiterConfig as Limits, TokenBucketConfig as Bucket};
 use devices::vhost_user::{VhostConfig, VhostError, VhostKind, VhostUser};
 use memory::GuestRam;
@@ -77,18 +79,26 @@ pub(super) fn net(config: &mut NetConfig) -> Result<Net, NetEndError> {
         None => MacAddr::random()?,
     };
     config.mac = Some(mac);
-    let taps = Tap::open(&TapConfig {
-        name: config.tap.clone(),
-        queue_pairs: config.num_queues / 2,
-        mtu: config.mtu,
-        host_mac: config.host_mac,
-        ip: config.ip,
-        mask: config.mask,
-    })?;
+    let taps = match &config.fds {
+        Some(fds) => Tap::from_numbers(fds)?,
+        None => Tap::open(&TapConfig {
+            name: config.tap.clone(),
+            queue_pairs: config.num_queues / 2,
+            mtu: config.mtu,
+            host_mac: config.host_mac,
+            ip: config.ip,
+            mask: config.mask,
+        })?,
+    };
     let interface = Interface {
         mac,
         mtu: config.mtu,
         rate_limiter: config.rate_limiter_config.map(limits),
+        offloads: Offloads {
+            tso: config.offload_tso,
+            ufo: config.offload_ufo,
+            csum: config.offload_csum,
+        },
         queue_size: config.queue_size,
     };
     Ok(Net::new(interface, taps)?)

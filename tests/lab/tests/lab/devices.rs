@@ -44,10 +44,11 @@ const BRIDGE: &str = r"
 
 type Body = (&'static str, fn(Guest) -> Result<()>);
 
-const BODIES: [Body; 4] = [
+const BODIES: [Body; 5] = [
     ("writes_go_on_over_moves", writes_go_on_over_moves),
     ("devices_come_and_go", devices_come_and_go),
     ("a_vsock_comes_and_goes", vsock_comes_and_goes),
+    ("passed_descriptors", passed_descriptors),
     ("a_stream_survives_a_move_to_another_host", stream),
     ("two_guests_on_a_bridge", two_guests),
 ];
@@ -277,6 +278,48 @@ fn vsock_comes_and_goes(guest: Guest) -> Result<()> {
             works 3 /tmp/again 2
             tell dst 'killall vsock; poweroff -f'
             ends dst 0"#;
+    host.run(&script)?.success()
+}
+
+/// A guest on a TAP that was opened for its process: it reboots, moves to one that was opened for that process, and is on the network.
+fn passed_descriptors(guest: Guest) -> Result<()> {
+    let passed = built("passed", "PASSED_BIN", "probes")?;
+    let devices = r#", "net": [{"fds": [7, 9], "num_queues": 4, "mac": "52:54:00:12:34:56", "id": "nic", "offload_tso": false,
+        "rate_limiter_config": {"bandwidth": {"size": 1000000, "refill_time": 100}}}]"#;
+    let host = host(guest, devices)?.program(&passed, "bin/passed");
+    let script = guest.back_end.prelude(guest.vcpus)
+        + r"on_network() {
+                tell $1 'ip addr add 10.0.9.2/24 dev eth0; ip link set eth0 up; echo net-$((20 + 1))-ok'
+                expect $1 'net-21-ok$' $3
+                until_ok 20 ping -c 1 -W 1 -I $2 10.0.9.2
+            }
+            # up NAME: once the process has it.
+            up() {
+                until_ok 20 [ -e /sys/class/net/$1 ]
+                ip addr add 10.0.9.1/24 dev $1
+                ip link set $1 up
+            }
+            vmm run --config /vm.json --hypervisor $hypervisor >/tmp/none.out 2>&1 && fail 'descriptors that nobody passed were taken'
+            grep -q 'not open' /tmp/none.out || fail 'not for that'
+            start src passed tapa 7,9 $preload vmm run --config /vm.json --api-socket /tmp/src.sock --hypervisor $hypervisor
+            up tapa
+            expect src GUEST-UP
+            on_network src tapa 1
+            tell src 'ethtool -k eth0 2>/dev/null; reboot -f'
+            expect src GUEST-UP 2
+            on_network src tapa 2
+            hypervisor_args=$preload
+            preload='passed tapb 11,12 '$hypervisor_args
+            receive dst unix:/tmp/move.sock --tap nic=fd:11,12
+            preload=$hypervisor_args
+            ip addr flush dev tapa
+            up tapb
+            move_away src unix:/tmp/move.sock
+            arrived dst
+            until_ok 20 ping -c 1 -W 1 -I tapb 10.0.9.2
+            shell_works dst
+            tell dst 'poweroff -f'
+            ends dst 0";
     host.run(&script)?.success()
 }
 
