@@ -4,7 +4,8 @@
 //!   vCPU exit ──► Bus (ports) ──┬─► Serial ───► back end (stdio, file, pty, socket, nothing)
 //!                               ├─► Cmos          ▲ input thread
 //!                               ├─► I8042 ──────┐ │
-//!                               └─► AcpiPower ──┴─┼──► PowerSink (the machine decides)
+//!                               ├─► AcpiPower ──┴─┼──► PowerSink (the machine decides)
+//!                               └─► Watchdog ─────┼──► WatchdogSink (the same)
 //!             ► Bus (MMIO)  ─┬──── Ioapic ◄───────┘ InterruptLine
 //!                            └──── PciBus ─► VirtioPci ─► VirtioDevice ─► a Worker each queue ─► file, TAP, socket
 //!                                    │
@@ -43,6 +44,7 @@ pub mod state;
 pub mod vhost_user;
 pub mod virtio;
 pub mod vsock;
+pub mod watchdog;
 
 #[cfg(test)]
 mod random_tests;
@@ -63,3 +65,4 @@ pub use rng::{Rng, RngError};
 pub use serial::{Serial, SerialBackend, SerialError};
 pub use state::{Persist, SavedState, StateError};
 pub use vsock::{Vsock, VsockError};
+pub use watchdog::{Watchdog, WatchdogConfig, WatchdogSink};

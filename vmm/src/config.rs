@@ -79,6 +79,9 @@ pub struct VmConfig {
     /// The guest can say that its kernel has panicked.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pvpanic: bool,
+    /// The guest has a watchdog: if it does not pet it, it is reset.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub watchdog: bool,
     /// Disks.
     #[serde(
         default,

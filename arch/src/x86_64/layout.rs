@@ -83,6 +83,14 @@ pub const ACPI_EVENT_PORT: u16 = 0x604;
 pub const PVPANIC_PORT: u16 = 0x505;
 /// PCI hotplug registers (three of 32 bits, a bit a slot): inserted, leaving (reading clears either), eject.
 pub const PCI_HOTPLUG_PORT: u16 = 0x610;
+/// First of the watchdog's 16 ports.
+pub const WATCHDOG_PORT: u16 = 0x680;
+/// Length of one of its counts, in milliseconds.
+pub const WATCHDOG_PERIOD_MS: u32 = 100;
+/// Fewest counts of its countdown.
+pub const WATCHDOG_MIN_COUNT: u32 = 1;
+/// Most counts of its countdown.
+pub const WATCHDOG_MAX_COUNT: u32 = 0xffff;
 /// Slots of the PCI bus, of which the first is the host bridge's.
 pub const PCI_SLOTS: u8 = 32;
 /// The generic event device's interrupt (edge).

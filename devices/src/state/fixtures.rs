@@ -123,6 +123,23 @@ fn devices(folder: &std::path::Path) -> Vec<(&'static str, Made)> {
             slots.ask_to_eject(9);
             registers(slots)
         }),
+        ("watchdog-1", {
+            struct Nobody;
+            impl crate::WatchdogSink for Nobody {
+                fn bites(&self) {}
+            }
+            let config = crate::WatchdogConfig {
+                period: std::time::Duration::from_millis(100),
+                shortest: 1,
+                longest: 0xffff,
+            };
+            let watchdog = crate::Watchdog::new(config, Arc::new(Nobody)).expect("a thread");
+            watchdog.was_reset(2, true);
+            for (offset, value) in [(4, 300u32), (0, 1)] {
+                watchdog.write(offset, &value.to_le_bytes());
+            }
+            registers(watchdog)
+        }),
         ("virtio-blk-1", function(disk(image), &ram)),
         ("virtio-blk-1-capacity", function(disk(second), &ram)),
         (

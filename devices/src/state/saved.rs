@@ -88,3 +88,19 @@ pub struct PciHotplugState {
     /// Slots of which it has not read that the device is to go.
     pub leaving: u32,
 }
+
+/// [`crate::Watchdog`], version 1.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WatchdogState {
+    /// It runs.
+    pub running: bool,
+    /// Counts that a countdown begins with.
+    pub countdown: u32,
+    /// Time that is left of one, in nanoseconds.
+    pub left_ns: u64,
+    /// It has reset the machine, and the guest has not taken note.
+    pub bitten: bool,
+    /// How often it has reset the machine.
+    pub resets: u64,
+}

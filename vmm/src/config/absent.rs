@@ -49,7 +49,6 @@ const KNOWN: &[&str] = &[
     "vdpa",
     "vsock.iommu",
     "vsock.pci_segment",
-    "watchdog",
 ];
 
 /// Takes those keys out of a config, if they ask for nothing.

@@ -13,6 +13,8 @@ pub(crate) enum Demand {
     Shutdown,
     /// Reset.
     Reset,
+    /// Its watchdog resets it: it has hung.
+    WatchdogReset,
     /// It cannot go on, for this reason.
     Fault(String),
 }
@@ -22,6 +24,7 @@ impl fmt::Display for Demand {
         match self {
             Self::Shutdown => f.write_str("the guest powers off"),
             Self::Reset => f.write_str("the guest resets"),
+            Self::WatchdogReset => f.write_str("the guest's watchdog was not petted and resets it"),
             Self::Fault(reason) => write!(f, "the guest cannot go on: {reason}"),
         }
     }
@@ -85,6 +88,13 @@ impl devices::PanicSink for Demands {
             ""
         };
         tracing::error!("the guest's kernel has panicked{more}");
+    }
+}
+
+impl devices::WatchdogSink for Demands {
+    fn bites(&self) {
+        tracing::warn!("the guest's watchdog was not petted and resets it");
+        self.raise(Demand::WatchdogReset);
     }
 }
 

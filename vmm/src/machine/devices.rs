@@ -1,17 +1,19 @@
 //! The devices of a machine: which there are, where they sit, and their saved state.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use arch::x86_64::layout;
 use devices::{
     AcpiPower, AcpiPowerConfig, Bus, BusDevice, BusError, BusSpace, Cmos, EndpointConfig,
     GuestMemorySize, I8042, InterruptLine, Ioapic, MsiSink, Persist, PvPanic, SavedState, Serial,
-    SerialError, StateError,
+    SerialError, StateError, Watchdog, WatchdogConfig,
 };
 
 use devices::pci::PciError;
 use devices::pci::hotplug::HOTPLUG_PORTS;
 use devices::pvpanic::{PVPANIC_PORT, PVPANIC_PORTS};
+use devices::watchdog::WATCHDOG_PORTS;
 use hypervisor::Vm;
 use memory::GuestRam;
 
@@ -67,6 +69,13 @@ pub(crate) enum DeviceError {
     Missing(String),
 }
 
+/// As the WDAT describes it.
+const WATCHDOG: WatchdogConfig = WatchdogConfig {
+    period: Duration::from_millis(layout::WATCHDOG_PERIOD_MS as u64),
+    shortest: layout::WATCHDOG_MIN_COUNT,
+    longest: layout::WATCHDOG_MAX_COUNT,
+};
+
 /// All devices of a machine.
 pub(super) struct DeviceSet {
     ioapic: Arc<Ioapic>,
@@ -74,6 +83,7 @@ pub(super) struct DeviceSet {
     power: Arc<AcpiPower>,
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
+    watchdog: Option<Arc<Watchdog>>,
     pci: PciSet,
 }
 
@@ -119,6 +129,22 @@ impl DeviceSet {
             let panics: Arc<dyn BusDevice> = Arc::new(PvPanic::new(demands.clone()));
             pio.insert(PVPANIC_PORT, PVPANIC_PORTS, panics)?;
         }
+        let watchdog = match config.watchdog {
+            true => {
+                let made = Watchdog::new(WATCHDOG, demands.clone());
+                let made = Arc::new(made.map_err(|source| DeviceError::Function {
+                    id: "watchdog".to_owned(),
+                    source: source.into(),
+                })?);
+                pio.insert(
+                    u64::from(layout::WATCHDOG_PORT),
+                    WATCHDOG_PORTS,
+                    made.clone(),
+                )?;
+                Some(made)
+            }
+            false => None,
+        };
         let first = layout::ACPI_SLEEP_CONTROL_PORT;
         let offset = |port: u16| u64::from(port - first);
         let power = Arc::new(AcpiPower::new(
@@ -153,6 +179,7 @@ impl DeviceSet {
             power,
             cmos,
             i8042,
+            watchdog,
         };
         Ok((set, pio, mmio))
     }
@@ -168,6 +195,9 @@ impl DeviceSet {
         ];
         if let Some(serial) = &self.serial {
             all.push(("serial".to_owned(), serial.clone()));
+        }
+        if let Some(watchdog) = &self.watchdog {
+            all.push(("watchdog".to_owned(), watchdog.clone()));
         }
         for function in self.pci.functions() {
             all.push((function.id, function.transport));
@@ -186,6 +216,10 @@ impl DeviceSet {
 
     pub(super) fn has_serial(&self) -> bool {
         self.serial.is_some()
+    }
+
+    pub(super) fn watchdog(&self) -> Option<&Watchdog> {
+        self.watchdog.as_deref()
     }
 
     pub(super) fn press_power_button(&self) {
@@ -207,12 +241,18 @@ impl DeviceSet {
         if let Some(serial) = &self.serial {
             serial.pause();
         }
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.pause();
+        }
         self.pci.pause();
     }
 
     pub(super) fn resume(&self) {
         if let Some(serial) = &self.serial {
             serial.resume();
+        }
+        if let Some(watchdog) = &self.watchdog {
+            watchdog.resume();
         }
         self.pci.resume();
     }

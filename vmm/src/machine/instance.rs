@@ -22,6 +22,7 @@ use arch::x86_64::layout;
 use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
 use arch::x86_64::topology::{Topology, TopologyError};
+use devices::Watchdog;
 use devices::block::DiskError;
 use devices::vhost_user::VhostUser;
 use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vcpu, Vm, VmOptions};
@@ -357,6 +358,7 @@ impl Instance {
             }),
             serial: self.devices.has_serial(),
             pvpanic: config.pvpanic,
+            watchdog: config.watchdog,
         })?;
         tables.write_to(memory)?;
         let ranges: Vec<(u64, u64)> = self
@@ -387,6 +389,18 @@ impl Instance {
         }
         self.vcpus.restore(&states)?;
         Ok(())
+    }
+
+    /// How often the guest's watchdog has reset it, here or elsewhere.
+    pub(super) fn watchdog_resets(&self) -> u64 {
+        self.devices.watchdog().map_or(0, Watchdog::resets)
+    }
+
+    /// Tells the watchdog what was before this machine was built.
+    pub(super) fn was_reset(&self, resets: u64, by_watchdog: bool) {
+        if let Some(watchdog) = self.devices.watchdog() {
+            watchdog.was_reset(resets, by_watchdog);
+        }
     }
 
     /// The number that tells this machine's demands from those of an earlier one.
@@ -547,6 +561,11 @@ impl Instance {
     pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         let hypervisor = self.vm.counters().into_iter();
         let mut all = self.devices.pci().counters();
+        if let Some(watchdog) = self.devices.watchdog() {
+            let counters = watchdog.counters().into_iter();
+            let counters = counters.map(|(name, count)| (name.to_owned(), count));
+            all.insert("watchdog".to_owned(), counters.collect());
+        }
         all.extend([
             ("bus".to_owned(), self.bus.counters()),
             (

@@ -226,7 +226,7 @@ impl Owner {
 
     fn boot(&mut self) -> Reply {
         self.vm_in(&[VmState::Created, VmState::Shutdown], "boot")?;
-        self.start()
+        self.start(0, false)
     }
 
     /// Refuses while a kernel that only another host has named would be read.
@@ -261,8 +261,8 @@ impl Owner {
         Ok(Response::Done)
     }
 
-    /// Builds the machine from its config and lets it run.
-    fn start(&mut self) -> Reply {
+    /// Builds the machine from its config and lets it run. Its watchdog has reset it so often before, and just now or not.
+    fn start(&mut self, watchdog_resets: u64, by_watchdog: bool) -> Reply {
         self.bootable()?;
         self.machines += 1;
         let (number, events) = (self.machines, self.events.clone());
@@ -282,6 +282,7 @@ impl Owner {
             });
         match instance {
             Ok(instance) => {
+                instance.was_reset(watchdog_resets, by_watchdog);
                 instance.resume();
                 vm.contract = Some(instance.contract().clone());
                 // With what was chosen for it: slots, addresses.
@@ -364,13 +365,15 @@ impl Owner {
 
     fn reboot(&mut self) -> Reply {
         self.vm_in(&[VmState::Running, VmState::Paused], "reboot")?;
-        self.restart()
+        self.restart(false)
     }
 
-    fn restart(&mut self) -> Reply {
+    fn restart(&mut self, by_watchdog: bool) -> Reply {
         self.bootable()?;
+        let instance = self.vm.as_ref().and_then(|vm| vm.instance.as_ref());
+        let resets = instance.map_or(0, |instance| instance.watchdog_resets());
         self.stop_instance();
-        self.start()
+        self.start(resets + u64::from(by_watchdog), by_watchdog)
     }
 
     fn shutdown(&mut self) -> Reply {
@@ -452,8 +455,8 @@ impl Owner {
 
     pub(super) fn serve(&mut self, demand: Demand) {
         match demand {
-            Demand::Reset => {
-                if let Err(error) = self.restart() {
+            Demand::Reset | Demand::WatchdogReset => {
+                if let Err(error) = self.restart(demand == Demand::WatchdogReset) {
                     tracing::error!(%error, "the guest asked for a reset but could not be started again");
                     self.stop_instance();
                     if let Some(vm) = &mut self.vm {

@@ -4,7 +4,8 @@
 //!   RSDP ──► XSDT ─┬─► FADT ──► DSDT   hardware-reduced: no PM timer, no SCI, no FACS; sleep, reset and
 //!                  │                   event ports instead; devices with their ports and GSIs
 //!                  ├─► MADT            local APICs, IOAPIC
-//!                  └─► MCFG            PCI configuration window, when there is PCI
+//!                  ├─► MCFG            PCI configuration window, when there is PCI
+//!                  └─► WDAT            the watchdog, when there is one
 //! ```
 //!
 //! What it promises:
@@ -15,6 +16,7 @@
 
 mod dsdt;
 mod madt;
+mod wdat;
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -53,6 +55,8 @@ pub struct AcpiConfig {
     pub serial: bool,
     /// The pvpanic device is there.
     pub pvpanic: bool,
+    /// The watchdog is there.
+    pub watchdog: bool,
 }
 
 /// A PCI segment's configuration window (PCI Firmware Specification 3.3, section 4.1).
@@ -134,6 +138,9 @@ pub fn build(config: &AcpiConfig) -> Result<AcpiTables, AcpiError> {
     ];
     if let Some(ecam) = config.ecam {
         listed.push(area.add(&mcfg(ecam)));
+    }
+    if config.watchdog {
+        listed.push(area.add(&table(*b"WDAT", 1, &wdat::body())));
     }
     let pointers: Vec<u8> = listed.into_iter().flat_map(u64::to_le_bytes).collect();
     let xsdt = area.add(&table(*b"XSDT", 1, &pointers));

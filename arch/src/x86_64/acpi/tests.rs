@@ -10,6 +10,7 @@ fn config(vcpus: u32) -> AcpiConfig {
         ecam: None,
         serial: true,
         pvpanic: false,
+        watchdog: false,
     }
 }
 
@@ -81,6 +82,33 @@ fn every_table_is_found_and_sums_up() {
         build(&config(2)).expect("builds"),
         build(&config(2)).expect("builds")
     );
+}
+
+#[test]
+fn a_watchdog_has_its_table() {
+    assert!(find(&build(&config(1)).expect("builds"), b"WDAT").is_none());
+    let with = AcpiConfig {
+        watchdog: true,
+        ..config(1)
+    };
+    let tables = build(&with).expect("builds");
+    let wdat = find(&tables, b"WDAT").expect("listed");
+    assert_eq!(u32_at(wdat, 36), 32);
+    // As drivers compare it: a segment of 0xff, not of 0xffff.
+    assert_eq!(wdat[40..45], [0xff, 0, 0xff, 0xff, 0xff]);
+    assert_eq!(
+        [u32_at(wdat, 48), u32_at(wdat, 52), u32_at(wdat, 56)],
+        [100, 0xffff, 1]
+    );
+    assert_eq!((wdat[60], u32_at(wdat, 64)), (0x81, 10));
+    let entries: Vec<&[u8]> = wdat[68..].chunks(24).collect();
+    assert_eq!(entries.len(), 10);
+    let actions: Vec<u8> = entries.iter().map(|entry| entry[0]).collect();
+    assert_eq!(actions, [1, 4, 5, 6, 8, 9, 10, 11, 32, 33]);
+    for entry in entries {
+        assert_eq!(entry[4..8], [1, 32, 0, 3], "ports of 32 bits");
+        assert!((0x680..0x690).contains(&u64_at(entry, 8)));
+    }
 }
 
 #[test]
