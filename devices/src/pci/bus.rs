@@ -9,6 +9,8 @@ use crate::{Bus, BusDevice};
 pub const SLOTS: u8 = 32;
 /// Bytes of configuration space of a function in the window.
 const FUNCTION_LEN: u64 = 4096;
+/// Offset of BAR 0 in configuration space.
+const FIRST_BAR: u16 = 0x10;
 /// Functions that a slot could have; ours have one.
 const FUNCTIONS: u64 = 8;
 
@@ -32,6 +34,21 @@ struct Slot {
     mapped: Vec<BarRange>,
     /// The addresses that were set aside for it.
     reserved: Vec<(u64, u64)>,
+}
+
+impl Slot {
+    /// Addresses that nobody else should get: those that were set aside, and those that the guest, or another host's, has put there. The
+    /// latter count while decoding is off, too; while a guest asks for a BAR's size, the former have to do.
+    fn taken(&self) -> Vec<(u64, u64)> {
+        let put = |(bar, len): (u8, u64)| {
+            let mut word = [0; 4];
+            self.device
+                .read_config(FIRST_BAR + 4 * u16::from(bar), &mut word);
+            (u64::from(u32::from_le_bytes(word)) & !(len - 1), len)
+        };
+        let put = self.device.bar_sizes().into_iter().map(put);
+        self.reserved.iter().copied().chain(put).collect()
+    }
 }
 
 /// A PCI bus with its host bridge.
@@ -74,8 +91,8 @@ impl PciBus {
         }
         let mut reserved = Vec::new();
         for (bar, len) in device.bar_sizes() {
-            let taken = slots.iter().flatten().flat_map(|slot| &slot.reserved);
-            let gpa = self.free(taken.chain(&reserved).copied(), len)?;
+            let taken = slots.iter().flatten().flat_map(Slot::taken);
+            let gpa = self.free(taken.chain(reserved.iter().copied()), len)?;
             reserved.push((gpa, len));
             device.set_bar(bar, gpa);
         }

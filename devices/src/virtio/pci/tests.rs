@@ -345,6 +345,34 @@ fn a_broken_ring_needs_a_reset() {
     assert_eq!(machine.status(), 0);
 }
 
+/// A device that comes finds an address that no other has, wherever a guest has put those before this machine was made.
+#[test]
+fn a_new_device_gets_no_address_of_one_that_was_restored() {
+    for decoding in [6, 0] {
+        let machine = Machine::new();
+        machine.set_config(0x10, WINDOW as u32 + 0x8000);
+        machine.set_config(4, decoding);
+        let saved = machine.function.save();
+        let there = Machine::new();
+        there.function.pause();
+        there.function.restore(&saved).expect("the same device");
+        there.pci.place_all();
+        let second = VirtioPci::new(
+            Arc::new(EchoDevice::default()),
+            there.driver.memory().clone(),
+            there.sent.clone(),
+            there.events.clone(),
+        );
+        let second = Arc::new(second.expect("a function"));
+        there.pci.insert(second.clone(), None).expect("room");
+        let mut bar = [0; 4];
+        second.read_config(0x10, &mut bar);
+        let at = u64::from(u32::from_le_bytes(bar));
+        assert_ne!(at, WINDOW + 0x8000, "decoding: {decoding}");
+        assert!((WINDOW..WINDOW + 0x10_0000).contains(&at));
+    }
+}
+
 #[test]
 fn a_paused_device_serves_nothing_and_goes_on_elsewhere() {
     let mut machine = Machine::new();
