@@ -52,9 +52,9 @@ mod tap_tests;
 pub(crate) mod testing;
 
 pub use device::{Net, NetConfig, NetError};
+pub use features::Offloads;
 pub(crate) use features::{CARRIED, name as feature_name};
 pub(crate) use front::NetFront;
-pub use features::Offloads;
 pub use mac::{MacAddr, MacError};
 pub use port::rarp_frame;
 pub use tap::{Tap, TapConfig, TapOffloads};

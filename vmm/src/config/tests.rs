@@ -153,7 +153,7 @@ fn features_that_do_not_exist_are_refused_by_name() {
             "vsock.iommu",
             json!({"vsock": {"cid": 3, "socket": "s", "iommu": true}}),
         ),
-        ("watchdog", json!({"watchdog": true})),
+        ("pvmemcontrol", json!({"pvmemcontrol": true})),
         ("platform", json!({"platform": {"num_pci_segments": 2}})),
         (
             "memory.hotplug_size",

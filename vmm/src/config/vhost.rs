@@ -136,6 +136,11 @@ impl VmConfig {
                     ("net.ip", net.ip.is_some()),
                     ("net.mask", net.mask.is_some()),
                     ("net.host_mac", net.host_mac.is_some()),
+                    ("net.fds", net.fds.is_some()),
+                    ("net.rate_limiter_config", net.rate_limiter_config.is_some()),
+                    ("net.offload_tso", !net.offload_tso),
+                    ("net.offload_ufo", !net.offload_ufo),
+                    ("net.offload_csum", !net.offload_csum),
                 ])?;
                 if net.vhost_mode == VhostMode::Server {
                     return Err(field(

@@ -44,7 +44,7 @@ const BRIDGE: &str = r"
 
 type Body = (&'static str, fn(Guest) -> Result<()>);
 
-const BODIES: [Body; 6] = [
+const BODIES: [Body; 7] = [
     ("writes_go_on_over_moves", writes_go_on_over_moves),
     ("devices_come_and_go", devices_come_and_go),
     ("a_vsock_comes_and_goes", vsock_comes_and_goes),
@@ -327,7 +327,7 @@ fn passed_descriptors(guest: Guest) -> Result<()> {
 
 /// A guest pets its watchdog, moves and pets on; it is left alone when it stops the watchdog, and is reset when it stops petting it.
 fn watchdog(guest: Guest) -> Result<()> {
-    let host = host(guest, r#", "watchdog": true"#)?.guest_modules(&["wdat_wdt"]);
+    let host = host(guest, r#", "watchdog": true"#)?.guest_modules(&["watchdog", "wdat_wdt"]);
     let script = guest.back_end.prelude(guest.vcpus)
         + r#"# status NAME N: what the guest's kernel says of the watchdog, for the N-th time here.
             status() {
