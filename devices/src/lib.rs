@@ -30,6 +30,8 @@ pub mod bus;
 pub mod cmos;
 pub mod console;
 pub mod endpoint;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod i8042;
 pub mod interrupt;
 pub mod ioapic;

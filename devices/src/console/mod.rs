@@ -71,11 +71,26 @@ pub struct Console {
 impl Console {
     /// A console with `config` at the other end. With a `size`, columns and rows, the driver is told of it and of later ones.
     pub fn new(config: EndpointConfig, size: Option<(u16, u16)>) -> Result<Self, EndpointError> {
+        Self::on(Opened::new(config)?, size)
+    }
+
+    /// A console whose other end is in the caller's hand.
+    #[cfg(feature = "fuzzing")]
+    pub fn in_hand(
+        size: Option<(u16, u16)>,
+    ) -> Result<(Self, crate::endpoint::Hand), EndpointError> {
+        let (opened, hand) = crate::endpoint::Hand::open()?;
+        let console = Self::on(opened, size)?;
+        let hand = hand(console.port.clone());
+        Ok((console, hand))
+    }
+
+    fn on(opened: Opened, size: Option<(u16, u16)>) -> Result<Self, EndpointError> {
         let Opened {
             output,
             endpoint,
             pty_path,
-        } = Opened::new(config)?;
+        } = opened;
         let wake = endpoint.as_ref().map(|endpoint| endpoint.wake());
         let port = Arc::new(Port::new(output, wake).map_err(EndpointError::Worker)?);
         let pump = match endpoint {

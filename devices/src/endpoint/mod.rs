@@ -16,6 +16,8 @@
 
 mod error;
 mod file;
+#[cfg(feature = "fuzzing")]
+mod hand;
 mod output;
 mod pty;
 mod pump;
@@ -27,6 +29,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use self::error::EndpointError;
+#[cfg(feature = "fuzzing")]
+pub use self::hand::Hand;
 pub use self::output::OUTPUT_CAPACITY;
 pub(crate) use self::output::Output;
 use self::output::{OutputQueue, signal};

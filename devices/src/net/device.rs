@@ -105,7 +105,7 @@ impl Net {
         Ok(net)
     }
 
-    pub(super) fn on_ports(
+    pub(crate) fn on_ports(
         config: NetConfig,
         ports: Vec<Box<dyn Port>>,
         offloads: TapOffloads,

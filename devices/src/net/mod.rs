@@ -32,7 +32,7 @@ mod limits;
 mod mac;
 mod passed;
 mod persist;
-mod port;
+pub(crate) mod port;
 mod ready;
 mod rx;
 mod shared;

@@ -7,7 +7,7 @@ use super::ioctl;
 use super::mac::MacAddr;
 
 /// One queue pair's host side. Each read gives and each write takes one packet behind its 12-byte `virtio_net_hdr_v1`, without waiting.
-pub(super) trait Port: Send + Sync {
+pub(crate) trait Port: Send + Sync {
     /// What to read, write and poll.
     fn fd(&self) -> BorrowedFd<'_>;
     /// Which packets the reader takes: bits `TUN_F_*`. One call is for all queue pairs.

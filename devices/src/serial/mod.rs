@@ -113,11 +113,26 @@ pub struct Serial {
 impl Serial {
     /// A serial port after power on with `backend` at the other end, whose interrupt pulses `line`.
     pub fn new(backend: SerialBackend, line: Arc<dyn InterruptLine>) -> Result<Self, SerialError> {
+        Self::on(Opened::new(backend)?, line)
+    }
+
+    /// A serial port whose other end is in the caller's hand.
+    #[cfg(feature = "fuzzing")]
+    pub fn in_hand(
+        line: Arc<dyn InterruptLine>,
+    ) -> Result<(Self, crate::endpoint::Hand), SerialError> {
+        let (opened, hand) = crate::endpoint::Hand::open()?;
+        let serial = Self::on(opened, line)?;
+        let hand = hand(serial.port.clone());
+        Ok((serial, hand))
+    }
+
+    fn on(opened: Opened, line: Arc<dyn InterruptLine>) -> Result<Self, SerialError> {
         let Opened {
             output,
             endpoint,
             pty_path,
-        } = Opened::new(backend)?;
+        } = opened;
         let line = LineTrigger(line);
         let port = Arc::new(Port {
             pending: Mutex::new(Vec::new()),

@@ -21,6 +21,8 @@ pub mod pci;
 pub mod queue;
 mod ring;
 mod segments;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod stepped;
 #[cfg(test)]
 pub(crate) mod testing;
 pub mod worker;
@@ -29,7 +31,11 @@ use std::io;
 
 pub use queue::{QueueError, VirtioInterrupt, Virtqueue};
 pub use segments::{Chain, Segments};
-pub use worker::{QueueHandler, Worker};
+#[cfg(feature = "fuzzing")]
+pub use stepped::Worker;
+pub use worker::QueueHandler;
+#[cfg(not(feature = "fuzzing"))]
+pub use worker::Worker;
 
 /// VIRTIO_F_VERSION_1 and what else the transport and the queues bring for every device (section 6): indirect descriptors (28), event
 /// indices (29), version 1 (32), queue reset (40).

@@ -66,9 +66,7 @@ impl<H: QueueHandler> Worker<H> {
 fn serve<H: QueueHandler>(mut handler: H, mut queue: Virtqueue, stop: &EventFd) -> (H, Virtqueue) {
     let mut result = handler.process(&mut queue);
     loop {
-        if let Err(error) = &result {
-            tracing::error!(queue = queue.index(), %error, "the device needs a reset");
-            queue.needs_reset();
+        if is_broken(&result, &queue) {
             wait_for(stop);
             break;
         }
@@ -78,11 +76,17 @@ fn serve<H: QueueHandler>(mut handler: H, mut queue: Virtqueue, stop: &EventFd) 
             Err(error) => result = Err(QueueError::BackEnd(error)),
         }
     }
-    if let Err(error) = handler.drain(&mut queue) {
+    is_broken(&handler.drain(&mut queue), &queue);
+    (handler, queue)
+}
+
+/// Whether it has failed; then the driver is told.
+pub(super) fn is_broken(result: &Result<(), QueueError>, queue: &Virtqueue) -> bool {
+    if let Err(error) = result {
         tracing::error!(queue = queue.index(), %error, "the device needs a reset");
         queue.needs_reset();
     }
-    (handler, queue)
+    result.is_err()
 }
 
 /// Waits for work; true if it is to stop.

@@ -17,6 +17,14 @@ pub(crate) fn run(tally: &mut Tally) -> Result<()> {
             &["fmt", "--all", "--check"],
             "run `cargo fmt --all`",
         )?;
+        // A workspace of its own.
+        let args = ["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"];
+        cargo(
+            tally,
+            "fmt-fuzz",
+            &args,
+            "run `cargo fmt --manifest-path fuzz/Cargo.toml`",
+        )?;
     } else {
         tally.skip(
             "static::fmt",

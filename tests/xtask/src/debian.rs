@@ -1,4 +1,4 @@
-//! What the lab needs from Debian: programs installed by `apt-get`, kernels unpacked into a cache.
+//! What the lab and the fuzz targets need from Debian: programs installed by `apt-get`, kernels unpacked into a cache.
 //!
 //! Nothing is installed that is already there, and everything that is done is said first. A kernel is
 //! never installed: its package is downloaded and unpacked into `LAB_CACHE/6.1` or `LAB_CACHE/6.12`.
@@ -88,6 +88,16 @@ pub(crate) fn prepare_lab() {
     for (series, package) in kernels {
         if let Err(error) = unpack_kernel(series, package) {
             println!("no {series} kernel for the lab: {error:#}");
+        }
+    }
+}
+
+/// Installs the compiler of libFuzzer, if it is missing.
+pub(crate) fn prepare_fuzz() {
+    if run::find("c++").is_none() {
+        println!("the fuzz targets need g++: libFuzzer is in C++");
+        if run::find("apt-get").is_some() {
+            install(&["g++"]);
         }
     }
 }

@@ -9,6 +9,7 @@
 //!     ├─ emulator the instruction emulator against this machine's processor          suites.rs
 //!     ├─ backend  small guest programs, the same on every hypervisor back end        suites.rs
 //!     ├─ native   real guests on this machine, on every back end                     suites.rs
+//!     ├─ fuzz     the fuzz targets, some seconds each                                fuzz.rs
 //!     ├─ lab      stock kernels in QEMU's emulator; installs what it needs           debian.rs
 //!     └─ devices  of native and lab, what shows devices; only when it is named       suites.rs
 //!                       │
@@ -22,6 +23,7 @@
 
 mod checks;
 mod debian;
+mod fuzz;
 mod run;
 mod suites;
 mod tally;
@@ -42,6 +44,7 @@ Runs test suites, all of them in this order when none is named:
   emulator the instruction emulator against this machine's processor, instruction by instruction
   backend  the conformance suite: small guest programs, the same on /dev/kvm and on /dev/mshv or its double
   native   real guests, booted and moved, on /dev/kvm and on /dev/mshv or its double, and between the two
+  fuzz     the fuzz targets (fuzz/): the inputs that are kept, then some seconds of search each; needs g++
   lab      stock Debian kernels as hosts and guests inside QEMU's emulator; installs what it needs with
            apt-get, and keeps kernels in target/lab-cache (or $LAB_CACHE)
   devices  of native and lab, the tests of disks, networks and the other devices; only when it is named

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Result;
 
 use crate::tally::Tally;
-use crate::{checks, debian, run};
+use crate::{checks, debian, fuzz, run};
 
 /// A group of tests that can be asked for by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +22,8 @@ pub(crate) enum Suite {
     Backend,
     /// Real guests on this machine, on every back end.
     Native,
+    /// The fuzz targets, for a short time.
+    Fuzz,
     /// Tests inside QEMU's emulator.
     Lab,
     /// Of the two before, those of devices.
@@ -30,13 +32,14 @@ pub(crate) enum Suite {
 
 impl Suite {
     /// Every suite, in the order of a full run, which leaves out the last: its tests are parts of others.
-    const ALL: [Suite; 8] = [
+    const ALL: [Suite; 9] = [
         Suite::Static,
         Suite::Unit,
         Suite::Cpu,
         Suite::Emulator,
         Suite::Backend,
         Suite::Native,
+        Suite::Fuzz,
         Suite::Lab,
         Suite::Devices,
     ];
@@ -53,6 +56,7 @@ impl Suite {
             Suite::Emulator => "emulator",
             Suite::Backend => "backend",
             Suite::Native => "native",
+            Suite::Fuzz => "fuzz",
             Suite::Lab => "lab",
             Suite::Devices => "devices",
         }
@@ -94,7 +98,7 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
         let starts_programs = match suite {
             Suite::Backend | Suite::Native | Suite::Lab | Suite::Devices => true,
             Suite::Cpu => with_lab,
-            Suite::Static | Suite::Unit | Suite::Emulator => false,
+            Suite::Static | Suite::Unit | Suite::Emulator | Suite::Fuzz => false,
         };
         if starts_programs && !built {
             build_programs(&mut tally)?;
@@ -116,6 +120,7 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
                 cargo_test(&mut tally, "backend", &tests, &[])?;
             }
             Suite::Native => cargo_test(&mut tally, "native", &["--test", "native"], &[])?,
+            Suite::Fuzz => fuzz::run(&mut tally)?,
             Suite::Lab => lab(&mut tally, None)?,
             Suite::Devices => {
                 cargo_test(&mut tally, "native", &["--test", "native"], &["devices::"])?;
@@ -214,7 +219,7 @@ mod tests {
 
     #[test]
     fn no_name_selects_every_suite_in_order() {
-        assert_eq!(select(&[]).unwrap(), Suite::ALL[..7]);
+        assert_eq!(select(&[]).unwrap(), Suite::ALL[..8]);
         assert_eq!(select(&["devices".into()]).unwrap(), [Suite::Devices]);
     }
 
@@ -231,7 +236,7 @@ mod tests {
         let message = select(&["units".into()]).unwrap_err();
         assert!(
             message.contains("`units`")
-                && message.contains("static, unit, cpu, emulator, backend, native, lab"),
+                && message.contains("static, unit, cpu, emulator, backend, native, fuzz, lab"),
             "{message}"
         );
     }
