@@ -28,12 +28,13 @@ impl QueueHandler for Echo {
             };
             let mut bytes = vec![0; chain.readable.len().min(MOST) as usize];
             chain.readable.read(&memory, 0, &mut bytes)?;
-            let written = chain.writable.write(&memory, 0, &bytes)?;
+            let written = queue.write(&chain.writable, 0, &bytes)?;
             // The host's addresses are there for a look only.
-            let vectors = chain.writable.iovecs(&memory)?;
+            let mut vectors = Vec::new();
+            chain.writable.iovecs(&memory, &mut vectors)?;
             let len: usize = vectors.iter().map(|vector| vector.iov_len).sum();
             assert_eq!(len as u64, chain.writable.len());
-            chain.writable.mark_dirty(&memory, written as u64)?;
+            queue.written(&chain.writable, written as u64);
             queue.complete(chain.head, written as u32)?;
         }
         queue.signal()?;
