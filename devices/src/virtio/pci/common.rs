@@ -6,6 +6,9 @@ use super::interrupt::NO_VECTOR;
 use super::transport::{Inner, VirtioPci};
 use crate::virtio::{TRANSPORT_FEATURES, VERSION_1};
 
+/// Bytes of a configuration space that are compared; the longest of ours, a disk's, has 60.
+pub(super) const SHOWN: usize = 64;
+
 /// Status: the driver has finished.
 pub(super) const DRIVER_OK: u8 = 4;
 /// Status: the features are settled.
@@ -89,6 +92,10 @@ impl VirtioPci {
         if data.len() != len {
             return;
         }
+        if field == Field::Generation {
+            data.fill(self.generation());
+            return;
+        }
         let inner = self.lock();
         let queue = inner.queues.get(usize::from(inner.queue_select));
         let of_queue = |read: fn(&super::queues::QueueSlot) -> u64, shift| {
@@ -110,7 +117,8 @@ impl VirtioPci {
             Field::ConfigVector => u32::from(self.interrupt.config_vector.load(Ordering::SeqCst)),
             Field::Queues => inner.queues.len() as u32,
             Field::Status => u32::from(self.status(&inner)),
-            Field::Generation => u32::from(self.interrupt.generation.load(Ordering::SeqCst)),
+            // Answered before.
+            Field::Generation => 0,
             Field::QueueSelect => u32::from(inner.queue_select),
             Field::QueueSize => queue.map_or(0, |queue| u32::from(queue.size)),
             Field::QueueVector => {
@@ -200,6 +208,22 @@ impl VirtioPci {
             | Field::QueueEnable
             | Field::QueueReset => {}
         }
+    }
+
+    /// The count of changes of the configuration space (section 2.5.3.1): one that the device has not told of yet is counted now, for a
+    /// driver may have read one half of a value before it, and the other after it.
+    fn generation(&self) -> u8 {
+        let mut space = [0; SHOWN];
+        let mut inner = self.lock();
+        self.device.read_config(0, &mut space);
+        if inner
+            .shown
+            .replace(space)
+            .is_some_and(|shown| shown != space)
+        {
+            self.interrupt.generation.fetch_add(1, Ordering::SeqCst);
+        }
+        self.interrupt.generation.load(Ordering::SeqCst)
     }
 
     /// The features that the device and this transport offer.

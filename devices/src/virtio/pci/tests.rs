@@ -345,6 +345,58 @@ fn a_broken_ring_needs_a_reset() {
     assert_eq!(machine.status(), 0);
 }
 
+/// A device whose configuration is one number.
+#[derive(Default)]
+struct Number(std::sync::atomic::AtomicU64);
+
+impl VirtioDevice for Number {
+    fn device_type(&self) -> DeviceType {
+        EchoDevice::default().device_type()
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queue_sizes(&self) -> Vec<u16> {
+        vec![16]
+    }
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let number = self.0.load(std::sync::atomic::Ordering::SeqCst);
+        crate::virtio::read_space(&number.to_le_bytes(), offset, data);
+    }
+    fn start_queue(&self, _queue: Virtqueue) -> io::Result<()> {
+        Ok(())
+    }
+    fn stop_queue(&self, _index: u16) -> Option<Virtqueue> {
+        None
+    }
+}
+
+/// A driver that reads two halves of two values sees it by the generation, also if the device has not told of the change yet.
+#[test]
+fn the_generation_changes_with_the_value() {
+    let device = Arc::new(Number::default());
+    let function = VirtioPci::new(
+        device.clone(),
+        Driver::new(0).memory().clone(),
+        Arc::new(Sent::default()),
+        Arc::new(Events::default()),
+    )
+    .expect("a function");
+    let generation = || {
+        let mut byte = [0];
+        function.read_bar(0, 0x15, &mut byte);
+        byte[0]
+    };
+    let first = generation();
+    assert_eq!(generation(), first, "nothing has changed");
+    device
+        .0
+        .store(1 << 32 | 1, std::sync::atomic::Ordering::SeqCst);
+    let second = generation();
+    assert_ne!(second, first);
+    assert_eq!(generation(), second);
+}
+
 /// A device that comes finds an address that no other has, wherever a guest has put those before this machine was made.
 #[test]
 fn a_new_device_gets_no_address_of_one_that_was_restored() {

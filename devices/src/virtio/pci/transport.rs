@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::IoEvents;
-use super::common::{DRIVER_OK, FEATURES_OK};
+use super::common::{DRIVER_OK, FEATURES_OK, SHOWN};
 use super::interrupt::{NO_VECTOR, PciInterrupt};
 use super::queues::{QueueSlot, QueueState};
 use crate::pci::{Bar, BarRange, ConfigSpace, Identity, Msix, MsixState, PciDevice};
@@ -85,6 +85,8 @@ pub(super) struct Inner {
     pub(super) queue_select: u16,
     pub(super) queues: Vec<QueueSlot>,
     paused: bool,
+    /// The device's configuration space when the driver asked for its generation last.
+    pub(super) shown: Option<[u8; SHOWN]>,
     /// Where the notification addresses are registered.
     notify_at: Option<u64>,
 }
@@ -138,6 +140,7 @@ impl VirtioPci {
                 queue_select: 0,
                 queues,
                 paused: true,
+                shown: None,
                 notify_at: None,
             }),
         })
