@@ -16,7 +16,7 @@ use super::{ConfigError, VhostMode, VmConfig, field};
 /// Most descriptors of a queue (section 2.7 of the virtio specification).
 const MAX_QUEUE_SIZE: u16 = 32768;
 /// Names of what every machine has: of devices, of their saved states, of groups of counters.
-const RESERVED_IDS: [&str; 13] = [
+const RESERVED_IDS: [&str; 14] = [
     "rng",
     "balloon",
     "console",
@@ -30,6 +30,7 @@ const RESERVED_IDS: [&str; 13] = [
     "bus",
     "hypervisor",
     "watchdog",
+    "pvpanic",
 ];
 /// Longest id.
 const MAX_ID: usize = 64;

@@ -1,6 +1,7 @@
 //! What a guest asks of its machine: power off, reset, or attention because it cannot go on.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Mutex, MutexGuard};
 
@@ -30,6 +31,9 @@ impl fmt::Display for Demand {
     }
 }
 
+/// A guest that says so over and over does not fill the log.
+const LOGGED_PANICS: u64 = 10;
+
 /// A demand stands in the way of a move.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}; that is done here first")]
@@ -41,6 +45,7 @@ pub(crate) struct Demands {
     machine: u64,
     events: Sender<Event>,
     first: Mutex<Option<Demand>>,
+    panics: AtomicU64,
 }
 
 impl Demands {
@@ -49,7 +54,13 @@ impl Demands {
             machine,
             events,
             first: Mutex::new(None),
+            panics: AtomicU64::new(0),
         }
+    }
+
+    /// How often the guest's kernel has said that it panics.
+    pub(super) fn panics(&self) -> u64 {
+        self.panics.load(Ordering::Relaxed)
     }
 
     fn first(&self) -> MutexGuard<'_, Option<Demand>> {
@@ -82,6 +93,9 @@ impl Demands {
 
 impl devices::PanicSink for Demands {
     fn guest_panicked(&self, crash_loaded: bool) {
+        if self.panics.fetch_add(1, Ordering::Relaxed) >= LOGGED_PANICS {
+            return;
+        }
         let more = if crash_loaded {
             "; it has a crash kernel"
         } else {

@@ -561,6 +561,10 @@ impl Instance {
     pub(super) fn counters(&self) -> BTreeMap<String, BTreeMap<String, u64>> {
         let hypervisor = self.vm.counters().into_iter();
         let mut all = self.devices.pci().counters();
+        if self.locked_config().pvpanic {
+            let panics = BTreeMap::from([("panics".to_owned(), self.demands.panics())]);
+            all.insert("pvpanic".to_owned(), panics);
+        }
         if let Some(watchdog) = self.devices.watchdog() {
             let counters = watchdog.counters().into_iter();
             let counters = counters.map(|(name, count)| (name.to_owned(), count));

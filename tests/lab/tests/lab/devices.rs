@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use lab::{Cpu, Entry, Host, Kernel, Lab};
 use libtest_mimic::Trial;
 
+use crate::hangs;
 use crate::stock::{BackEnd, Guest, bare_host, built};
 use crate::trial;
 
@@ -44,12 +45,13 @@ const BRIDGE: &str = r"
 
 type Body = (&'static str, fn(Guest) -> Result<()>);
 
-const BODIES: [Body; 7] = [
+const BODIES: [Body; 8] = [
     ("writes_go_on_over_moves", writes_go_on_over_moves),
     ("devices_come_and_go", devices_come_and_go),
     ("a_vsock_comes_and_goes", vsock_comes_and_goes),
     ("passed_descriptors", passed_descriptors),
-    ("a_watchdog_resets_a_guest_that_has_hung", watchdog),
+    ("a_watchdog_resets_a_guest_that_has_hung", hangs::watchdog),
+    ("a_panic_is_heard_of", hangs::panic),
     ("a_stream_survives_a_move_to_another_host", stream),
     ("two_guests_on_a_bridge", two_guests),
 ];
@@ -90,7 +92,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// A host with a guest that has these devices (JSON, with a comma before), and the programs that watch them.
-fn host(guest: Guest, devices: &str) -> Result<Host> {
+pub(crate) fn host(guest: Guest, devices: &str) -> Result<Host> {
     let writes = built("writes", "WRITES_BIN", "probes")?;
     Ok(guest
         .host(Cpu::Max)?
@@ -322,67 +324,6 @@ fn passed_descriptors(guest: Guest) -> Result<()> {
             shell_works dst
             tell dst 'poweroff -f'
             ends dst 0";
-    host.run(&script)?.success()
-}
-
-/// A guest pets its watchdog, moves and pets on; it is left alone when it stops the watchdog, and is reset when it stops petting it.
-fn watchdog(guest: Guest) -> Result<()> {
-    let host = host(guest, r#", "watchdog": true"#)?.guest_modules(&["watchdog", "wdat_wdt"]);
-    let script = guest.back_end.prelude(guest.vcpus)
-        + r#"# status NAME N: what the guest's kernel says of the watchdog, for the N-th time here.
-            status() {
-                tell $1 'cd /sys/class/watchdog/watchdog0; echo "watchdog-$(cat identity)-$(cat state)-$(cat bootstatus)-"; cd /'
-                expect $1 '^watchdog-wdat_wdt-[a-z]*-[0-9]*-' $2
-            }
-            counter() { vmm ctl --api-socket /tmp/$1.sock counters | grep -A 4 '"watchdog"' | grep -q "$2"; }
-            boot src
-            status src 1
-            expect src '^watchdog-wdat_wdt-inactive-0-'
-            tell src 'watchdog -T 6 -t 1 /dev/watchdog0; sleep 1'
-            status src 2
-            expect src '^watchdog-wdat_wdt-active-0-'
-            # Longer than it would live without.
-            sleep 9
-            shell_works src
-            # While it is paused the time stands still.
-            vmm ctl --api-socket /tmp/src.sock pause
-            sleep 9
-            vmm ctl --api-socket /tmp/src.sock resume
-            shell_works src
-            receive dst unix:/tmp/move.sock --trust-source
-            move_away src unix:/tmp/move.sock
-            arrived dst
-            sleep 9
-            shell_works dst
-            counter dst '"resets": 0' || fail 'it has bitten a guest that petted it'
-            counter dst '"running": 1' || fail 'it does not run'
-            # Without the magic close it goes on, and nobody pets it.
-            tell dst 'killall -9 watchdog'
-            expect dst GUEST-UP
-            grep -q 'watchdog was not petted' /tmp/dst.err || fail 'the log does not say why'
-            counter dst '"resets": 1' || fail 'it was not counted'
-            status dst 1
-            expect dst '^watchdog-wdat_wdt-inactive-32-'
-            # A guest that stops it is left alone.
-            tell dst 'watchdog -T 6 -t 1 /dev/watchdog0; sleep 1; killall watchdog; sleep 9; echo left-$((2 + 2))-alone'
-            expect dst 'left-4-alone'
-            counter dst '"running": 0' || fail 'it runs'
-            # Its own reset stops it, and forgets that it has bitten.
-            tell dst 'watchdog -T 6 -t 1 /dev/watchdog0; sleep 1; reboot -f'
-            expect dst GUEST-UP 2
-            sleep 9
-            status dst 2
-            expect dst '^watchdog-wdat_wdt-inactive-0-'
-            counter dst '"resets": 1' || fail 'a reset of its own was counted'
-            tell dst 'poweroff -f'
-            ends dst 0
-            sed 's|, "watchdog": true||' /vm.json >/tmp/without.json
-            start without $preload vmm run --config /tmp/without.json --api-socket /tmp/without.sock --hypervisor $hypervisor
-            expect without GUEST-UP
-            tell without '[ -e /sys/firmware/acpi/tables/APIC ] && [ ! -e /sys/firmware/acpi/tables/WDAT ] && echo no-$((1 + 1))-table'
-            expect without 'no-2-table'
-            tell without 'poweroff -f'
-            ends without 0"#;
     host.run(&script)?.success()
 }
 

@@ -4,6 +4,7 @@
 
 mod cpu;
 mod devices;
+mod hangs;
 mod selftest;
 mod stock;
 
