@@ -35,8 +35,8 @@ const NEED_REPLY: u32 = 8;
 /// Most file descriptors of a message.
 const MAX_FDS: usize = 8;
 
-/// How long one answer may take, if nothing else is said.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// How long one answer may take, if nothing else is said: a busy host may let a back end wait.
+pub(super) const PATIENCE: Duration = Duration::from_secs(15);
 
 /// What came back.
 #[derive(Debug)]

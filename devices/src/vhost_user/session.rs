@@ -35,7 +35,7 @@ const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Most memory regions that every back end takes (VHOST_MEMORY_BASELINE_NREGIONS).
 const MAX_REGIONS: usize = 8;
 /// A back end may take that many times longer than for other answers to finish what is under way in a ring.
-pub(super) const DRAIN_FACTOR: u32 = 6;
+pub(super) const DRAIN_FACTOR: u32 = 2;
 
 /// What is used of the protocol if the back end has it.
 const WANTED: Protocol = Protocol::MQ

@@ -77,6 +77,7 @@ pub(crate) struct BackEnd {
     socket: PathBuf,
     manner: Arc<Mutex<Manner>>,
     heard: Arc<Mutex<Vec<u32>>>,
+    switched: Arc<Mutex<Vec<(u32, u32)>>>,
     connection: Arc<Mutex<Option<UnixStream>>>,
     ends: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
@@ -94,11 +95,13 @@ impl BackEnd {
             socket: socket.to_owned(),
             manner: Arc::new(Mutex::new(manner)),
             heard: Arc::default(),
+            switched: Arc::default(),
             connection: Arc::default(),
             ends: Arc::default(),
             thread: None,
         };
         let (manner, heard) = (Arc::clone(&this.manner), Arc::clone(&this.heard));
+        let switched = Arc::clone(&this.switched);
         let (connection, ends) = (Arc::clone(&this.connection), Arc::clone(&this.ends));
         let thread = std::thread::spawn(move || {
             while let Ok((stream, _)) = listener.accept() {
@@ -106,7 +109,7 @@ impl BackEnd {
                     return;
                 }
                 *locked(&connection) = stream.try_clone().ok();
-                let _ = serve(stream, &manner, &heard);
+                let _ = serve(stream, &manner, &heard, &switched);
                 *locked(&connection) = None;
             }
         });
@@ -128,6 +131,11 @@ impl BackEnd {
     /// What it was asked, in order, since the last call.
     pub(crate) fn heard(&self) -> Vec<u32> {
         std::mem::take(&mut locked(&self.heard))
+    }
+
+    /// Rings that it was told to serve (1) or not to (0), in order, since the last call.
+    pub(crate) fn switched(&self) -> Vec<(u32, u32)> {
+        std::mem::take(&mut locked(&self.switched))
     }
 
     /// Waits until it has been asked this, and forgets what came before.
@@ -160,6 +168,7 @@ fn serve(
     mut stream: UnixStream,
     manner: &Mutex<Manner>,
     heard: &Mutex<Vec<u32>>,
+    switched: &Mutex<Vec<(u32, u32)>>,
 ) -> std::io::Result<()> {
     loop {
         let mut header = [0; 12];
@@ -171,6 +180,11 @@ fn serve(
         stream.read_exact(&mut body)?;
         let manner = locked(manner).clone();
         locked(heard).push(code);
+        if code == Request::SET_VRING_ENABLE as u32 {
+            let word =
+                |at: usize| u32::from_ne_bytes(body[at..at + 4].try_into().expect("4 bytes"));
+            locked(switched).push((word(0), word(4)));
+        }
         let bad = manner
             .bad
             .as_ref()

@@ -302,6 +302,68 @@ fn a_state_is_for_a_disk_that_is_not_smaller() {
     assert!(device.restore(&[0xc1; 9]).is_err());
 }
 
+#[test]
+fn a_network_keeps_its_control_queue_here() {
+    const CTRL_VQ: u64 = 1 << 17;
+    const GUEST_ANNOUNCE: u64 = 1 << 21;
+    const MQ: u64 = 1 << 22;
+    let folder = folder();
+    let socket = folder.path().join("s");
+    let back_end = BackEnd::new(&socket, Manner::good());
+    let drivers: Vec<_> = (0..4).map(Driver::shared).collect();
+    let config = VhostConfig {
+        socket,
+        kind: VhostKind::Net {
+            mac: "52:54:00:12:34:56".parse().expect("an address"),
+            mtu: Some(1400),
+        },
+        num_queues: 4,
+        queue_size: 64,
+    };
+    let device = VhostUser::new("nic", config, drivers[0].ram.clone()).expect("a device");
+    device.connect(drivers[0].interrupt.clone());
+    let own = CTRL_VQ | GUEST_ANNOUNCE | MQ;
+    assert_eq!(device.features() & own, own);
+    assert_eq!(device.queue_sizes(), [64; 5]);
+    let mut space = [0; 12];
+    device.read_config(0, &mut space);
+    assert_eq!(
+        space,
+        [0x52, 0x54, 0, 0x12, 0x34, 0x56, 1, 0, 2, 0, 0x78, 5]
+    );
+    device.set_features(1 << 32 | own);
+    for driver in &drivers {
+        device.start_queue(driver.queue()).expect("a ring");
+    }
+    assert_eq!(back_end.switched(), [(0, 1), (1, 1), (2, 0), (3, 0)]);
+    let mut control = Driver::shared(4);
+    device.start_queue(control.queue()).expect("a queue");
+    let mut command = |bytes: &[u8]| {
+        let head = control.offer(&[bytes], &[1]);
+        control.wait_used();
+        control.written(head)[0]
+    };
+    assert_eq!(command(&[4, 0, 2, 0]), 0);
+    assert_eq!(back_end.switched(), [(2, 1), (3, 1)]);
+    assert_eq!(command(&[4, 0, 3, 0]), 1);
+    // Back with the pairs that were in use.
+    back_end.hang_up();
+    assert!(back_end.wait_for(Request::SET_VRING_ENABLE));
+    wait_until("it is back", || device.is_connected());
+    assert_eq!(back_end.switched(), [(0, 1), (1, 1), (2, 1), (3, 1)]);
+    assert!(device.announce());
+    device.read_config(0, &mut space);
+    assert_eq!(space[6..8], [3, 0]);
+    assert_eq!(command(&[3, 0]), 0);
+    for index in 0..5 {
+        assert!(device.stop_queue(index).is_some());
+    }
+    let saved = device.save();
+    device.reset();
+    assert!(!device.announce());
+    assert_eq!(device.restore(&saved), Ok(()));
+}
+
 /// Requests whose answers are read, with a ring's life.
 const ANSWERED: [Request; 10] = [
     Request::GET_FEATURES,

@@ -12,7 +12,7 @@ use crate::stock::{BackEnd, Guest, bare_host, built};
 use crate::trial;
 
 /// What a guest's kernel needs for its devices, where it is not built in.
-const MODULES: [&str; 16] = [
+pub(crate) const MODULES: [&str; 16] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",

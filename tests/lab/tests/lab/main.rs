@@ -7,6 +7,7 @@ mod devices;
 mod hangs;
 mod selftest;
 mod stock;
+mod vhost;
 
 use std::process::ExitCode;
 
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         .chain(stock::trials())
         .chain(cpu::trials())
         .chain(devices::trials())
+        .chain(vhost::trials())
         .collect();
     let conclusion = libtest_mimic::run(&args, trials);
     let retries = lab::retries();

@@ -333,6 +333,18 @@ fn refused(folder: &Folder) -> Result<()> {
         answer.message().contains("no vhost-user back end"),
         "{answer:?}"
     );
+    let fs = json!({"tag": "share", "socket": folder.join("fs.vhost")});
+    let answer = vmm.api().request("PUT", "vm.add-fs", &fs)?;
+    ensure!(
+        answer.message().contains("no vhost-user back end"),
+        "{answer:?}"
+    );
+    let untagged = json!({"tag": "", "socket": "s"});
+    let answer = vmm.api().request("PUT", "vm.add-fs", &untagged)?;
+    ensure!(
+        answer.status == 400 && answer.message().contains("fs.tag"),
+        "{answer:?}"
+    );
     let _second = DiskServer::start(Server::Qemu, &image, &second, 1)?;
     let added = vmm.api().put("vm.add-disk", &disk)?;
     ensure!(
