@@ -119,11 +119,17 @@ impl VhostUser {
         if let Some(reason) = self.shared.kind.stays() {
             return Err(reason.to_owned());
         }
-        match self.is_connected() {
-            true => Ok(()),
-            false => Err(format!(
-                "its vhost-user back end at {} is gone, with requests of the guest: start it again first",
-                self.shared.socket.display()
+        let at = self.shared.socket.display();
+        if !self.is_connected() {
+            return Err(format!(
+                "its vhost-user back end at {at} is gone, with requests of the guest: start it again first"
+            ));
+        }
+        match self.shared.state().has_unfinished() {
+            false => Ok(()),
+            true => Err(format!(
+                "its vhost-user back end at {at} went while the guest was being paused, and is back with requests to finish: resume the \
+                 guest first"
             )),
         }
     }

@@ -5,6 +5,7 @@
 //!      rings: with the back end                                  │ without a note of what was under way: NEEDS_RESET
 //! ```
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -36,6 +37,8 @@ pub(super) struct State {
     pub(super) rings: Vec<Option<Ring>>,
     pub(super) log: Option<DirtyLog>,
     inflight: Option<Inflight>,
+    /// Rings that were given back with requests that a back end has begun and not finished: only one with the same notes can.
+    unfinished: BTreeSet<u16>,
     /// When the back end went.
     gone_since: Option<Instant>,
 }
@@ -78,8 +81,14 @@ impl State {
             rings: (0..rings).map(|_| None).collect(),
             log: None,
             inflight: None,
+            unfinished: BTreeSet::new(),
             gone_since: None,
         }
+    }
+
+    /// Whether a back end has requests that it has not finished, of rings that are not with the device.
+    pub(super) fn has_unfinished(&self) -> bool {
+        !self.unfinished.is_empty()
     }
 
     /// Requests that the driver has made available and that are not done, in rings that are with the device.
@@ -229,6 +238,7 @@ impl Shared {
         let (index, base) = (usize::from(queue.index()), queue.next_available());
         let mut state = self.state();
         let mut ring = Ring { queue, lost: false };
+        state.unfinished.remove(&ring.queue.index());
         let there = state.session.is_some();
         let started = self.exchange(&mut state, |state, session| {
             self.configure(state, session)?;
@@ -255,15 +265,26 @@ impl Shared {
         });
         match (served, ring.queue.indices()) {
             (Some(base), _) => ring.queue.served_until(base),
-            (None, Ok((_, used))) => {
+            (None, Ok((available, used))) => {
                 ring.queue.served_until(used);
                 // What `lose` could not see, as the ring was not in its place.
-                self.is_in_doubt(&ring.queue);
+                let doubt = self.is_in_doubt(&ring.queue);
+                if available != used && !doubt && !self.kind.forgives() {
+                    state.unfinished.insert(index);
+                }
             }
             (None, Err(error)) => {
                 tracing::error!(id = self.id, %error, "a ring is not readable any more");
                 self.needs_reset();
             }
+        }
+        // Whatever the back end has called for or would have: a call on its way to the keeper would come after the machine's state is saved,
+        // and some end requests without one after they have said that they stop.
+        if let (Some(call), Some(interrupt)) =
+            (self.calls.get(usize::from(index)), self.interrupt.get())
+        {
+            let _ = call.read();
+            interrupt.used(index);
         }
         Some(ring.queue)
     }
@@ -315,6 +336,7 @@ impl Shared {
         let mut state = self.state();
         state.accepted = 0;
         state.inflight = None;
+        state.unfinished.clear();
         self.exchange(&mut state, |_, session| session.reset());
     }
 

@@ -215,7 +215,20 @@ fn one_that_went_is_looked_for_and_gets_its_rings_again() {
     // Pausing needs nobody.
     let queue = device.stop_queue(0).expect("a ring");
     assert_eq!(queue.next_available(), 0);
-    device.start_queue(queue).expect("a ring");
+    // It comes back while the machine is paused: what it had begun is for this machine to have finished.
+    {
+        let _back_end = BackEnd::new(&folder.path().join("s"), Manner::good());
+        wait_until("it is back", || device.is_connected());
+        assert!(
+            device
+                .check_complete()
+                .expect_err("unfinished")
+                .contains("to finish")
+        );
+        device.start_queue(queue).expect("a ring");
+        assert_eq!(device.check_complete(), Ok(()));
+    }
+    wait_until("it is gone", || !device.is_connected());
     // One that is smaller, and one that cannot note requests, are not taken for it; a good one is.
     let smaller = Manner {
         sectors: 1024,
