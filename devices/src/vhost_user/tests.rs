@@ -360,6 +360,7 @@ fn a_network_keeps_its_control_queue_here() {
     assert_eq!(back_end.switched(), [(2, 1), (3, 1)]);
     assert_eq!(command(&[4, 0, 3, 0]), 1);
     // Back with the pairs that were in use.
+    back_end.heard();
     back_end.hang_up();
     assert!(back_end.wait_for(Request::SET_VRING_ENABLE));
     wait_until("it is back", || device.is_connected());
