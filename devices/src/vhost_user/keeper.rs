@@ -174,7 +174,7 @@ impl Keeper {
 
     /// Serves one request of the back end. It may wait for the answer while somebody here waits for it: nothing is locked until it has it.
     fn hear(&self, watch: &Arc<Watch>) {
-        match self.request(watch) {
+        match request(watch) {
             Ok(Some(BackendReq::CONFIG_CHANGE_MSG)) => {
                 let Some(len) = self.shared.kind.space_from_back_end() else {
                     return;
@@ -192,42 +192,109 @@ impl Keeper {
             Err(error) => self.lose(watch, &error),
         }
     }
+}
 
-    /// Reads a request and answers it; only a changed configuration is one that is known here.
-    fn request(&self, watch: &Watch) -> Result<Option<BackendReq>, VhostError> {
-        let Some(mut socket) = watch.requests.as_ref() else {
-            return Ok(None);
+/// Reads a request and answers it; only a changed configuration is one that is known here.
+fn request(watch: &Watch) -> Result<Option<BackendReq>, VhostError> {
+    let Some(mut socket) = watch.requests.as_ref() else {
+        return Ok(None);
+    };
+    // Small messages come whole; one that does not is no message.
+    let mut header = [0; HEADER];
+    if let Err(error) = socket.read_exact(&mut header) {
+        return match error.kind() {
+            std::io::ErrorKind::WouldBlock => Ok(None),
+            std::io::ErrorKind::UnexpectedEof => Err(VhostError::Gone),
+            _ => Err(error.into()),
         };
-        // Small messages come whole; one that does not is no message.
-        let mut header = [0; HEADER];
-        if let Err(error) = socket.read_exact(&mut header) {
-            return match error.kind() {
-                std::io::ErrorKind::WouldBlock => Ok(None),
-                std::io::ErrorKind::UnexpectedEof => Err(VhostError::Gone),
-                _ => Err(error.into()),
-            };
+    }
+    let word = |at: usize| {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&header[at..at + 4]);
+        u32::from_ne_bytes(bytes)
+    };
+    let (code, flags, len) = (word(0), word(4), word(8) as usize);
+    if len > MAX_BODY {
+        let problem = format!("the vhost-user back end sends a request of {len} bytes");
+        return Err(VhostError::Config(problem));
+    }
+    socket.read_exact(&mut vec![0; len])?;
+    let known = code == BackendReq::CONFIG_CHANGE_MSG as u32;
+    if flags & NEED_REPLY != 0 {
+        let answer = if known { 0 } else { u64::MAX };
+        let mut reply = Vec::with_capacity(HEADER + 8);
+        for word in [code, VERSION | REPLY, 8] {
+            reply.extend(word.to_ne_bytes());
         }
-        let word = |at: usize| {
-            let mut bytes = [0; 4];
-            bytes.copy_from_slice(&header[at..at + 4]);
-            u32::from_ne_bytes(bytes)
+        reply.extend(answer.to_ne_bytes());
+        socket.write_all(&reply)?;
+    }
+    Ok(known.then_some(BackendReq::CONFIG_CHANGE_MSG))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// A watch, and the back end's end of its requests.
+    fn pair() -> (Watch, UnixStream) {
+        let (socket, _) = UnixStream::pair().expect("sockets");
+        let (ours, theirs) = UnixStream::pair().expect("sockets");
+        ours.set_nonblocking(true).expect("a socket");
+        let watch = Watch {
+            socket,
+            requests: Some(ours),
         };
-        let (code, flags, len) = (word(0), word(4), word(8) as usize);
-        if len > MAX_BODY {
-            let problem = format!("the vhost-user back end sends a request of {len} bytes");
-            return Err(VhostError::Config(problem));
-        }
-        socket.read_exact(&mut vec![0; len])?;
-        let known = code == BackendReq::CONFIG_CHANGE_MSG as u32;
-        if flags & NEED_REPLY != 0 {
-            let answer = if known { 0 } else { u64::MAX };
-            let mut reply = Vec::with_capacity(HEADER + 8);
-            for word in [code, VERSION | REPLY, 8] {
-                reply.extend(word.to_ne_bytes());
+        (watch, theirs)
+    }
+
+    fn message(words: [u32; 3], body: &[u8]) -> Vec<u8> {
+        let words = words.iter().flat_map(|word| word.to_ne_bytes());
+        words.chain(body.iter().copied()).collect()
+    }
+
+    #[test]
+    fn a_back_end_may_say_that_its_configuration_has_changed_and_nothing_else() {
+        let change = BackendReq::CONFIG_CHANGE_MSG as u32;
+        let (watch, mut back_end) = pair();
+        assert!(matches!(request(&watch), Ok(None)));
+        let mut send = |words, body: &[u8]| {
+            back_end.write_all(&message(words, body)).expect("room");
+            let heard = request(&watch).expect("a message");
+            let mut answer = [0; HEADER + 8];
+            if words[1] & NEED_REPLY != 0 {
+                back_end.read_exact(&mut answer).expect("an answer");
             }
-            reply.extend(answer.to_ne_bytes());
-            socket.write_all(&reply)?;
-        }
-        Ok(known.then_some(BackendReq::CONFIG_CHANGE_MSG))
+            (heard.is_some(), answer)
+        };
+        assert!(send([change, VERSION, 0], &[]).0);
+        let (heard, answer) = send([change, VERSION | NEED_REPLY, 0], &[]);
+        assert!(heard);
+        let yes = message([change, VERSION | REPLY, 8], &[0; 8]);
+        assert_eq!(answer.as_slice(), yes);
+        // Shared memory is not ours to map.
+        let (heard, answer) = send([9, VERSION | NEED_REPLY, 4], &[1; 4]);
+        assert!(!heard);
+        let no = message([9, VERSION | REPLY, 8], &[0xff; 8]);
+        assert_eq!(answer.as_slice(), no);
+    }
+
+    #[test]
+    fn one_that_makes_no_sense_is_given_up() {
+        let (watch, mut back_end) = pair();
+        back_end
+            .write_all(&message([2, VERSION, u32::MAX], &[]))
+            .expect("room");
+        assert!(request(&watch).is_err());
+        let (watch, mut back_end) = pair();
+        back_end
+            .write_all(&message([2, VERSION, 8], &[0; 3]))
+            .expect("room");
+        assert!(request(&watch).is_err());
+        let (watch, back_end) = pair();
+        drop(back_end);
+        assert!(matches!(request(&watch), Err(VhostError::Gone)));
     }
 }
