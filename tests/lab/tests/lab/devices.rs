@@ -77,6 +77,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             ));
         }
     }
+    trials.push(trial(
+        "devices::offloads_that_a_destination_lacks".to_owned(),
+        offloads_that_a_destination_lacks,
+    ));
     let cells = [
         guest(BackEnd::Kvm, Kernel::Debian61, Entry::Pvh, 1),
         guest(BackEnd::Kvm, Kernel::Debian612, Entry::BzImage, 4),
@@ -282,6 +286,64 @@ fn vsock_comes_and_goes(guest: Guest) -> Result<()> {
             tell dst 'killall vsock; poweroff -f'
             ends dst 0"#;
     host.run(&script)?.success()
+}
+
+/// Linux's TAPs take UDP to be segmented since 6.2: a guest that leaves that to its host is refused by an older one before a page moves, and
+/// goes on; one that was told not to is let in.
+fn offloads_that_a_destination_lacks() -> Result<()> {
+    let guest = Guest {
+        back_end: BackEnd::Kvm,
+        kernel: Kernel::Debian612,
+        entry: Entry::Pvh,
+        vcpus: 1,
+        // The same on both hosts, whatever their kernels' KVM adds.
+        model: "x86-64-v2",
+    };
+    let with = |more: &str| {
+        format!(r#", "net": [{{"tap": "tap0", "mac": "52:54:00:12:34:56", "id": "nic"{more}}}]"#)
+    };
+    let source = host(guest, &with(""))?
+        .kernel(Kernel::Debian612)
+        .data(
+            "without.json",
+            guest.config_with(&with(r#", "offload_ufo": false"#), ""),
+        )
+        .name("newer");
+    let destination = bare_host(Cpu::Max)?.name("older");
+    let prelude = guest.back_end.prelude(guest.vcpus);
+    let [source, destination] = Lab::pair(source, destination).run(
+        &(prelude.clone()
+            + r#"boot src
+            tell src 'ip link set eth0 up && echo up-$((1 + 1))-ok'
+            expect src 'up-2-ok'
+            await listening
+            vmm send tcp:$PEER:4600 --api-socket /tmp/src.sock >/tmp/send.out 2>/tmp/send.err && fail 'it has moved'
+            for word in 'phase reserve' 'device nic' VIRTIO_NET_F_GUEST_USO4 VIRTIO_NET_F_HOST_USO 'tap7 does not offer'; do
+                grep -q "$word" /tmp/send.err || fail "no word of $word"
+            done
+            ! grep -q UFO /tmp/send.err || fail 'it names more than is missing'
+            shell_works src
+            tell src 'poweroff -f'
+            ends src 0
+            cp /without.json /vm.json
+            boot second
+            tell second 'ip link set eth0 up && echo up-$((1 + 1))-ok'
+            expect second 'up-2-ok'
+            await listening-again
+            move_away second tcp:$PEER:4600"#),
+        &(prelude
+            + r"receive refused tcp:0.0.0.0:4600 --tap nic=tap7
+            signal listening
+            ends refused 1
+            receive dst tcp:0.0.0.0:4600 --tap nic=tap7
+            signal listening-again
+            arrived dst
+            shell_works dst
+            tell dst 'poweroff -f'
+            ends dst 0"),
+    )?;
+    source.success()?;
+    destination.success()
 }
 
 /// A guest on a TAP that was opened for its process: it reboots, moves to one that was opened for that process, and is on the network.
