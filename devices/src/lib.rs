@@ -1,10 +1,11 @@
-//! What a guest sees: buses, the interrupt controller, serial, real-time clock, power, and virtio devices on a PCI bus.
+//! What a guest sees: buses, the interrupt controller, serial, real-time clock, power, hotplug of vCPUs, and virtio devices on a PCI bus.
 //!
 //! ```text
 //!   vCPU exit ──► Bus (ports) ──┬─► Serial ───► back end (stdio, file, pty, socket, nothing)
 //!                               ├─► Cmos          ▲ input thread
 //!                               ├─► I8042 ──────┐ │
 //!                               ├─► AcpiPower ──┴─┼──► PowerSink (the machine decides)
+//!                               ├─► CpuHotplug ───┼──► VcpuSwitch (the machine's vCPUs)
 //!                               └─► Watchdog ─────┼──► WatchdogSink (the same)
 //!             ► Bus (MMIO)  ─┬──── Ioapic ◄───────┘ InterruptLine
 //!                            └──── PciBus ─► VirtioPci ─► VirtioDevice ─► a Worker each queue ─► file, TAP, socket
@@ -29,6 +30,7 @@ pub mod block;
 pub mod bus;
 pub mod cmos;
 pub mod console;
+pub mod cpu_hotplug;
 pub mod endpoint;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;
@@ -57,6 +59,7 @@ pub use balloon::{Balloon, BalloonCounters, BalloonOptions};
 pub use bus::{Bus, BusDevice, BusError, BusSpace};
 pub use cmos::{Cmos, GuestMemorySize};
 pub use console::Console;
+pub use cpu_hotplug::{CpuHotplug, CpuHotplugStatus, VcpuSwitch};
 pub use endpoint::{EndpointConfig, EndpointError};
 pub use i8042::I8042;
 pub use interrupt::{InterruptLine, IoapicRoute, MsiSink};

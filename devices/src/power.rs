@@ -4,7 +4,8 @@
 //!   OUT sleep control: SLP_EN with the S5 type ──► PowerSink: Shutdown
 //!   OUT reset register: the reset value        ──► PowerSink: Reset
 //!   press_power_button ──► event flag 0 ─┐
-//!   PCI slots          ──► event flag 1 ─┴─► GED interrupt ──► the guest's AML reads (and so clears) the flags ──► Notify
+//!   PCI slots          ──► event flag 1 ─┼─► GED interrupt ──► the guest's AML reads (and so clears) the flags ──► Notify
+//!   vCPUs              ──► event flag 2 ─┘
 //! ```
 
 use std::sync::Arc;
@@ -54,8 +55,11 @@ pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
 /// Event flag of PCI slots: devices have come, or are to go.
 pub const EVENT_PCI: u8 = 1 << 1;
 
+/// Event flag of vCPUs: some have come, or are to go.
+pub const EVENT_CPU: u8 = 1 << 2;
+
 /// All event flags there are.
-const EVENTS: u8 = EVENT_POWER_BUTTON | EVENT_PCI;
+const EVENTS: u8 = EVENT_POWER_BUTTON | EVENT_PCI | EVENT_CPU;
 /// Sleep control: SLP_EN.
 const SLEEP_ENABLE: u8 = 1 << 5;
 /// Sleep control: where SLP_TYP is.

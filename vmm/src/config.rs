@@ -114,9 +114,12 @@ pub struct VmConfig {
 pub struct CpusConfig {
     /// How many the machine boots with.
     pub boot_vcpus: u32,
-    /// How many it may grow to; equal to `boot_vcpus` while there is no hotplug.
+    /// How many it may have. If they are more than `boot_vcpus`, vCPUs can come and go while the guest runs.
     #[serde(default)]
     pub max_vcpus: u32,
+    /// How many there are to be now, and at the guest's next reset: what `vm.resize` has last asked for, where it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub desired_vcpus: Option<u32>,
     /// Sockets, dies, cores and threads; all cores of one package by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub topology: Option<TopologyConfig>,
@@ -137,9 +140,69 @@ impl Default for CpusConfig {
         Self {
             boot_vcpus: 1,
             max_vcpus: 1,
+            desired_vcpus: None,
             topology: None,
             model: host_model(),
             features: BTreeMap::new(),
+        }
+    }
+}
+
+impl CpusConfig {
+    /// Whether vCPUs can come and go. What a guest is told of them must not change while it exists, so it does not depend on how many there
+    /// happen to be.
+    pub fn hotplug(&self) -> bool {
+        self.max_vcpus > self.boot_vcpus
+    }
+
+    /// How many there are to be.
+    pub fn desired(&self) -> u32 {
+        self.desired_vcpus.unwrap_or(self.boot_vcpus)
+    }
+
+    fn validate(&self) -> Result<(), ConfigError> {
+        if self.boot_vcpus == 0 || self.boot_vcpus > MAX_VCPUS {
+            return Err(field(
+                "cpus.boot_vcpus",
+                format!("{} vCPUs", self.boot_vcpus),
+                format!("use 1 to {MAX_VCPUS}"),
+            ));
+        }
+        if self.max_vcpus > MAX_VCPUS {
+            return Err(field(
+                "cpus.max_vcpus",
+                format!("{} vCPUs", self.max_vcpus),
+                format!("use at most {MAX_VCPUS}"),
+            ));
+        }
+        if self.max_vcpus < self.boot_vcpus {
+            return Err(field(
+                "cpus.max_vcpus",
+                format!(
+                    "{} is less than boot_vcpus, {}",
+                    self.max_vcpus, self.boot_vcpus
+                ),
+                "make it at least as much or leave it out",
+            ));
+        }
+        match self.desired_vcpus {
+            Some(_) if !self.hotplug() => Err(field(
+                "cpus.desired_vcpus",
+                format!(
+                    "the VM always has the {} vCPUs that it boots with",
+                    self.boot_vcpus
+                ),
+                "give it a cpus.max_vcpus of more than its cpus.boot_vcpus when it is created, or leave this out",
+            )),
+            Some(wanted) if wanted == 0 || wanted > self.max_vcpus => Err(field(
+                "cpus.desired_vcpus",
+                format!("{wanted} vCPUs"),
+                format!(
+                    "use 1 to {}, which is the VM's cpus.max_vcpus",
+                    self.max_vcpus
+                ),
+            )),
+            _ => Ok(()),
         }
     }
 }
@@ -408,23 +471,7 @@ impl VmConfig {
     /// Checks everything that can be checked without touching the host.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let cpus = &self.cpus;
-        if cpus.boot_vcpus == 0 || cpus.boot_vcpus > MAX_VCPUS {
-            return Err(field(
-                "cpus.boot_vcpus",
-                format!("{} vCPUs", cpus.boot_vcpus),
-                format!("use 1 to {MAX_VCPUS}"),
-            ));
-        }
-        if cpus.max_vcpus != cpus.boot_vcpus {
-            return Err(field(
-                "cpus.max_vcpus",
-                format!(
-                    "{} differs from boot_vcpus {}, and this version has no vCPU hotplug",
-                    cpus.max_vcpus, cpus.boot_vcpus
-                ),
-                "make both equal or leave max_vcpus out",
-            ));
-        }
+        cpus.validate()?;
         if let Some(t) = &cpus.topology {
             let product = [
                 t.threads_per_core,

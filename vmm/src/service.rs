@@ -128,6 +128,31 @@ pub struct VmInfo {
     /// The hypervisor that runs it, once it has been built.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<String>,
+    /// Its vCPUs, where they can come and go and it has been built.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<VcpuInfo>,
+}
+
+/// vCPUs that come and go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuInfo {
+    /// How many there are to be.
+    pub desired: u32,
+    /// How many there are.
+    pub present: u32,
+    /// Ids of those whose coming or going the guest has not confirmed.
+    pub pending: Vec<u32>,
+    /// Those that the guest does not take, or does not let go.
+    pub refused: Vec<VcpuRefusal>,
+}
+
+/// A vCPU that the guest does not take, or does not let go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuRefusal {
+    /// Its id.
+    pub id: u32,
+    /// The guest's reason: a status code of `_OST` (ACPI 6.5, tables 6.18 and 6.19).
+    pub status: u8,
 }
 
 /// What `vm.add-disk`, `vm.add-net`, `vm.add-fs` and `vm.add-vsock` answer.
@@ -167,7 +192,7 @@ pub struct SetPayload {
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Resize {
-    /// vCPUs; only the number that there are, for there is no vCPU hotplug.
+    /// vCPUs: the first so many are to be there.
     #[serde(default)]
     pub desired_vcpus: Option<u32>,
     /// RAM in bytes; only what there is, for there is no memory hotplug.

@@ -77,7 +77,7 @@ pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
 pub const ACPI_RESET_PORT: u16 = 0x602;
 /// Written to [`ACPI_RESET_PORT`] to reset.
 pub const ACPI_RESET_VALUE: u8 = 1;
-/// Event flags of the generic event device (8 bit, read clears): bit 0 is the power button, bit 1 are PCI slots.
+/// Event flags of the generic event device (8 bit, read clears): bit 0 is the power button, bit 1 are PCI slots, bit 2 are vCPUs.
 pub const ACPI_EVENT_PORT: u16 = 0x604;
 /// pvpanic (QEMU `docs/specs/pvpanic.rst`).
 pub const PVPANIC_PORT: u16 = 0x505;
@@ -91,6 +91,9 @@ pub const WATCHDOG_PERIOD_MS: u32 = 100;
 pub const WATCHDOG_MIN_COUNT: u32 = 1;
 /// Most counts of its countdown.
 pub const WATCHDOG_MAX_COUNT: u32 = 0xffff;
+/// vCPU hotplug registers (33 of 32 bits), when vCPUs can come and go: four rows of eight with a bit a vCPU (present, inserted, leaving, eject;
+/// reading the middle two clears), and the guest's answers.
+pub const CPU_HOTPLUG_PORT: u16 = 0x700;
 /// Slots of the PCI bus, of which the first is the host bridge's.
 pub const PCI_SLOTS: u8 = 32;
 /// The generic event device's interrupt (edge).

@@ -15,6 +15,7 @@ pub mod boot;
 pub mod bounded;
 pub mod cpu_model;
 pub mod cpuid;
+pub mod fresh;
 pub mod layout;
 pub mod msr;
 pub mod state;

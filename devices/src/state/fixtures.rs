@@ -18,8 +18,8 @@ use crate::virtio::VirtioDevice;
 use crate::virtio::pci::tests::{Events, Sent};
 use crate::virtio::pci::{VirtioPci, VirtioPciState};
 use crate::{
-    AcpiPower, Balloon, BalloonOptions, BusDevice, Cmos, Console, EndpointConfig, GuestMemorySize,
-    I8042, Ioapic, Rng, Serial, Vsock,
+    AcpiPower, Balloon, BalloonOptions, BusDevice, Cmos, Console, CpuHotplug, EndpointConfig,
+    GuestMemorySize, I8042, Ioapic, Rng, Serial, Vsock,
 };
 
 /// A device and where a guest reaches it.
@@ -84,6 +84,11 @@ fn devices(folder: &std::path::Path) -> Vec<(&'static str, Made)> {
     impl crate::pci::EjectSink for Nobody {
         fn ejected(&self, _slot: u8) {}
     }
+    impl crate::VcpuSwitch for Nobody {
+        fn plug(&self, _ids: &[u32]) {}
+        fn unplug(&self, _id: u32) {}
+        fn restored(&self, _id: u32, _present: bool) {}
+    }
     let disk = |image| {
         let disk = crate::block::Block::new("disk", crate::block::DiskConfig::new(image));
         Arc::new(disk.expect("a disk"))
@@ -117,6 +122,12 @@ fn devices(folder: &std::path::Path) -> Vec<(&'static str, Made)> {
             "acpi-power-1",
             Made::Registers(power.clone(), power.clone()),
         ),
+        ("cpu-hotplug-1", {
+            let vcpus = CpuHotplug::new(power.clone(), Arc::new(Nobody), 3, 5);
+            vcpus.resize(4);
+            vcpus.resize(2);
+            registers(vcpus)
+        }),
         ("pci-hotplug-1", {
             let slots = PciHotplug::new(power, Arc::new(Nobody));
             slots.tell_inserted(5);

@@ -104,3 +104,29 @@ pub struct WatchdogState {
     /// How often it has reset the machine.
     pub resets: u64,
 }
+
+/// [`crate::CpuHotplug`], version 1.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CpuHotplugState {
+    /// Every vCPU that there may be, by id.
+    pub vcpus: Vec<HotVcpuState>,
+}
+
+/// One vCPU of [`CpuHotplugState`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct HotVcpuState {
+    /// It is there.
+    pub present: bool,
+    /// The guest has not read that it has come.
+    pub inserted: bool,
+    /// The guest has not read that it is to go.
+    pub leaving: bool,
+    /// The guest has been told that it is there, and has not taken it.
+    pub told: bool,
+    /// The guest has been asked to let it go, and has not.
+    pub asked: bool,
+    /// The guest has answered that it will not, with this status.
+    pub refused: Option<u8>,
+}

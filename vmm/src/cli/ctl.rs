@@ -119,11 +119,15 @@ enum CtlRequest {
         #[arg(long, conflicts_with = "kernel")]
         trust_source: bool,
     },
-    /// Change what the guest gives back by its balloon.
+    /// Change how many vCPUs there are, or what the guest gives back by its balloon.
+    #[command(group = clap::ArgGroup::new("sizes").required(true).multiple(true))]
     Resize {
-        /// Bytes, a multiple of 4096.
-        #[arg(long)]
-        balloon: u64,
+        /// vCPUs. Those that come, the guest has to bring online; those that are to go, it lets go or does not: `info` shows it.
+        #[arg(long, group = "sizes")]
+        cpus: Option<u32>,
+        /// Bytes that the guest gives back, a multiple of 4096.
+        #[arg(long, group = "sizes")]
+        balloon: Option<u64>,
     },
     /// Grow the image of a disk, and tell the guest.
     ResizeDisk {
@@ -262,8 +266,8 @@ fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, Cl
             });
             client.put_json("vm.payload", body.to_string().into_bytes())
         }
-        CtlRequest::Resize { balloon } => {
-            let body = json!({ "desired_balloon": balloon });
+        CtlRequest::Resize { cpus, balloon } => {
+            let body = json!({ "desired_vcpus": cpus, "desired_balloon": balloon });
             client.put_json("vm.resize", body.to_string().into_bytes())
         }
         CtlRequest::ResizeDisk { id, size } => {

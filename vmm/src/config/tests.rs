@@ -78,7 +78,23 @@ fn max_vcpus_follows_boot_vcpus() {
         json!({"cpus": {"boot_vcpus": 3}}),
         json!({"cpus": {"boot_vcpus": 3, "max_vcpus": 3}}),
     ] {
-        assert_eq!(accepted(over).cpus.max_vcpus, 3);
+        let cpus = accepted(over).cpus;
+        assert_eq!(
+            (cpus.max_vcpus, cpus.hotplug(), cpus.desired()),
+            (3, false, 3)
+        );
+    }
+}
+
+#[test]
+fn vcpus_come_and_go_where_there_may_be_more() {
+    let cpus = accepted(json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 4}})).cpus;
+    assert_eq!((cpus.hotplug(), cpus.desired()), (true, 2));
+    // Also when there are as many as there may be, or fewer than at boot.
+    for desired in [1, 4] {
+        let over = json!({"boot_vcpus": 2, "max_vcpus": 4, "desired_vcpus": desired});
+        let cpus = accepted(json!({ "cpus": over })).cpus;
+        assert_eq!((cpus.hotplug(), cpus.desired()), (true, desired));
     }
 }
 
@@ -205,13 +221,34 @@ fn bad_values_name_the_field_and_the_fix() {
         ),
         (
             "cpus.max_vcpus",
-            "make both equal",
-            json!({"cpus": {"boot_vcpus": 1, "max_vcpus": 2}}),
+            "at least as much",
+            json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 1}}),
         ),
         (
             "cpus.max_vcpus",
-            "make both equal",
-            json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 1}}),
+            "use at most 254",
+            json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 255}}),
+        ),
+        (
+            "cpus.desired_vcpus",
+            "use 1 to 4",
+            json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 4, "desired_vcpus": 0}}),
+        ),
+        (
+            "cpus.desired_vcpus",
+            "use 1 to 4",
+            json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 4, "desired_vcpus": 5}}),
+        ),
+        (
+            "cpus.desired_vcpus",
+            "give it a cpus.max_vcpus",
+            json!({"cpus": {"boot_vcpus": 2, "desired_vcpus": 2}}),
+        ),
+        (
+            "cpus.topology",
+            "equal to max_vcpus",
+            json!({"cpus": {"boot_vcpus": 2, "max_vcpus": 4, "topology":
+            {"threads_per_core": 1, "cores_per_die": 2, "dies_per_package": 1, "packages": 1}}}),
         ),
         (
             "cpus.topology",

@@ -76,12 +76,12 @@ impl MovingIn {
         // Which hypervisor the source's host has says nothing about this one.
         config.hypervisor = self.hypervisor;
         self.untold_boot = self.ends.apply(&mut config)?;
-        if manifest.vcpus != config.cpus.boot_vcpus {
+        if manifest.vcpus != config.cpus.max_vcpus {
             return Err(vec![refuse(
                 RefusalKind::Config,
                 format!(
                     "the manifest has {} vCPUs but its config {}",
-                    manifest.vcpus, config.cpus.boot_vcpus
+                    manifest.vcpus, config.cpus.max_vcpus
                 ),
             )]);
         }

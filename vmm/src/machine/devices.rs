@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use arch::x86_64::layout;
 use devices::{
-    AcpiPower, AcpiPowerConfig, Bus, BusDevice, BusError, BusSpace, Cmos, EndpointConfig,
-    GuestMemorySize, I8042, InterruptLine, Ioapic, MsiSink, Persist, PvPanic, SavedState, Serial,
-    SerialError, StateError, Watchdog, WatchdogConfig,
+    AcpiPower, AcpiPowerConfig, Bus, BusDevice, BusError, BusSpace, Cmos, CpuHotplug,
+    EndpointConfig, GuestMemorySize, I8042, InterruptLine, Ioapic, MsiSink, Persist, PvPanic,
+    SavedState, Serial, SerialError, StateError, Watchdog, WatchdogConfig,
 };
 
+use devices::cpu_hotplug::CPU_HOTPLUG_PORTS;
 use devices::pci::PciError;
 use devices::pci::hotplug::HOTPLUG_PORTS;
 use devices::pvpanic::{PVPANIC_PORT, PVPANIC_PORTS};
@@ -19,6 +20,7 @@ use memory::GuestRam;
 
 use super::bus::IrqSink;
 use super::demand::Demands;
+use super::gate::Gate;
 use super::pci::{PciSet, Surroundings};
 use crate::config::{ConfigError, SerialConfig, SerialMode, VmConfig};
 
@@ -84,6 +86,7 @@ pub(super) struct DeviceSet {
     cmos: Arc<Cmos>,
     i8042: Arc<I8042>,
     watchdog: Option<Arc<Watchdog>>,
+    cpu_hotplug: Option<Arc<CpuHotplug>>,
     pci: PciSet,
 }
 
@@ -95,6 +98,7 @@ impl DeviceSet {
         demands: &Arc<Demands>,
         ram: &Arc<GuestRam>,
         vm: &Arc<dyn Vm>,
+        gate: &Arc<Gate>,
         arriving: bool,
     ) -> Result<(Self, Bus, Arc<Bus>), DeviceError> {
         let (pio, mmio) = (Bus::new(BusSpace::Pio), Arc::new(Bus::new(BusSpace::Mmio)));
@@ -162,6 +166,18 @@ impl DeviceSet {
         let ports = offset(layout::ACPI_EVENT_PORT) + 1;
         let on_bus: Arc<dyn BusDevice> = power.clone();
         pio.insert(u64::from(first), ports, on_bus)?;
+        let cpus = &config.cpus;
+        let cpu_hotplug = match cpus.hotplug() {
+            true => {
+                let (present, max) = (cpus.desired(), cpus.max_vcpus);
+                let registers = CpuHotplug::new(power.clone(), gate.clone(), present, max);
+                let registers = Arc::new(registers);
+                let port = u64::from(layout::CPU_HOTPLUG_PORT);
+                pio.insert(port, CPU_HOTPLUG_PORTS, registers.clone())?;
+                Some(registers)
+            }
+            false => None,
+        };
         let msi: Arc<dyn MsiSink> = irq_sink.clone();
         let around = Surroundings {
             mmio: Arc::clone(&mmio),
@@ -180,6 +196,7 @@ impl DeviceSet {
             cmos,
             i8042,
             watchdog,
+            cpu_hotplug,
         };
         Ok((set, pio, mmio))
     }
@@ -193,6 +210,9 @@ impl DeviceSet {
             ("i8042".to_owned(), self.i8042.clone()),
             ("pci-hotplug".to_owned(), self.pci.hotplug()),
         ];
+        if let Some(hotplug) = &self.cpu_hotplug {
+            all.push(("cpu-hotplug".to_owned(), hotplug.clone()));
+        }
         if let Some(serial) = &self.serial {
             all.push(("serial".to_owned(), serial.clone()));
         }
@@ -208,6 +228,11 @@ impl DeviceSet {
 
     pub(super) fn pci(&self) -> &PciSet {
         &self.pci
+    }
+
+    /// None in a machine whose vCPUs do not come and go.
+    pub(super) fn cpu_hotplug(&self) -> Option<&CpuHotplug> {
+        self.cpu_hotplug.as_deref()
     }
 
     pub(super) fn ioapic(&self) -> Arc<Ioapic> {

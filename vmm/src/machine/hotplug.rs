@@ -5,12 +5,14 @@
 //!                                    └─ built: made, put into a slot, the guest is told; then into the config
 //!   vm.remove-device ─┬─ not built: out of the config
 //!                     └─ built: the guest is asked ··· it lets go ··· Event::Ejected ─► out of the config
+//!   vm.resize: vCPUs ─► into the config, which a reset follows; built: they are there and the guest is told, or it is asked ··· it lets go
 //! ```
 
 use crate::config::{DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig};
 use crate::job::JobKind;
 use crate::service::{
-    DeviceInfo, ErrorKind, Reply, Resize, ResizeDisk, Response, ServiceError, VmState,
+    DeviceInfo, ErrorKind, Reply, Resize, ResizeDisk, Response, ServiceError, VcpuInfo,
+    VcpuRefusal, VmState,
 };
 
 use super::error_chain;
@@ -172,36 +174,39 @@ impl Owner {
 
     pub(super) fn resize(&mut self, wanted: Resize) -> Reply {
         let vm = self.vm_in(&CHANGEABLE, "resize")?;
-        for (what, there, asked) in [
-            (
-                "desired_vcpus",
-                u64::from(vm.config.cpus.boot_vcpus),
-                wanted.desired_vcpus.map(u64::from),
-            ),
-            ("desired_ram", vm.config.memory.size, wanted.desired_ram),
-        ] {
-            if asked.is_some_and(|asked| asked != there) {
-                return Err(ServiceError::new(
-                    ErrorKind::BadRequest,
-                    format!("{what}: this version cannot change it (it is {there}); leave it out"),
-                ));
-            }
+        let ram = vm.config.memory.size;
+        if wanted.desired_ram.is_some_and(|asked| asked != ram) {
+            return Err(ServiceError::new(
+                ErrorKind::BadRequest,
+                format!("desired_ram: this version cannot change it (it is {ram}); leave it out"),
+            ));
         }
-        let Some(size) = wanted.desired_balloon else {
-            return Ok(Response::Done);
-        };
         let mut config = vm.config.clone();
-        match &mut config.balloon {
-            Some(balloon) => balloon.size = size,
-            None => {
-                return Err(ServiceError::wrong_state(
-                    "the VM has no balloon: give it one with `balloon` in its config",
-                ));
+        // Without hotplug it may be asked for what it has.
+        if let Some(vcpus) = wanted.desired_vcpus
+            && (config.cpus.hotplug() || vcpus != config.cpus.boot_vcpus)
+        {
+            config.cpus.desired_vcpus = Some(vcpus);
+        }
+        if let Some(size) = wanted.desired_balloon {
+            match &mut config.balloon {
+                Some(balloon) => balloon.size = size,
+                None => {
+                    return Err(ServiceError::wrong_state(
+                        "the VM has no balloon: give it one with `balloon` in its config",
+                    ));
+                }
             }
         }
+        // All of it or nothing.
         config.validate().map_err(bad_request)?;
         if let Some(instance) = &vm.instance {
-            instance.set_balloon(size);
+            if let Some(size) = wanted.desired_balloon {
+                instance.set_balloon(size);
+            }
+            if let Some(vcpus) = wanted.desired_vcpus {
+                instance.resize_vcpus(vcpus);
+            }
         }
         set_config(vm, config);
         Ok(Response::Done)
@@ -229,6 +234,22 @@ impl Owner {
             }
         }
         Ok(Response::Done)
+    }
+}
+
+impl Vm {
+    /// How the coming and going of vCPUs stands.
+    pub(super) fn vcpu_info(&self) -> Option<VcpuInfo> {
+        let status = self.instance.as_ref()?.vcpu_status()?;
+        let refused = status.refused.into_iter();
+        Some(VcpuInfo {
+            desired: self.config.cpus.desired(),
+            present: status.present,
+            pending: status.unanswered,
+            refused: refused
+                .map(|(id, status)| VcpuRefusal { id, status })
+                .collect(),
+        })
     }
 }
 

@@ -18,6 +18,7 @@ use arch::x86_64::acpi;
 use arch::x86_64::boot::{self, BootError, BootSources};
 use arch::x86_64::cpu_model::{CpuModel, Unavailable};
 use arch::x86_64::cpuid::{Interface, MissingFeature, differences, for_vcpu, has_hyperv};
+use arch::x86_64::fresh::FreshState;
 use arch::x86_64::layout;
 use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
@@ -25,6 +26,7 @@ use arch::x86_64::topology::{Topology, TopologyError};
 use devices::Watchdog;
 use devices::block::DiskError;
 use devices::vhost_user::VhostUser;
+use devices::{CpuHotplug, CpuHotplugStatus};
 use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vcpu, Vm, VmOptions};
 use memory::{GuestRam, RamRange};
 use migration::{AcceptedFeatures, CpuContract, DeviceState, MachineState, Manifest, RunState};
@@ -34,6 +36,7 @@ use super::bus::{IrqSink, MachineBus};
 use super::demand::Demands;
 use super::devices::{DeviceError, DeviceSet};
 use super::ends;
+use super::gate::Gate;
 use super::vcpus::VcpuSet;
 use crate::config::{ConfigError, DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig};
 
@@ -141,7 +144,7 @@ impl Plan {
 
     fn topology(&self) -> Result<Topology, TopologyError> {
         match &self.config.cpus.topology {
-            None => Ok(Topology::flat(self.config.cpus.boot_vcpus)),
+            None => Ok(Topology::flat(self.config.cpus.max_vcpus)),
             Some(t) => Topology::new(
                 u32::from(t.packages),
                 u32::from(t.cores_per_die).saturating_mul(u32::from(t.dies_per_package)),
@@ -291,6 +294,8 @@ impl Instance {
             unsafe { vm.map_memory(slot)? };
         }
         let demands = Arc::new(Demands::new(number, events.clone()));
+        let cpus = &plan.config.cpus;
+        let gate = Arc::new(Gate::new(cpus.desired(), cpus.max_vcpus));
         let irq_sink = Arc::new(IrqSink::new(Arc::clone(&vm)));
         let (devices, pio, mmio) = DeviceSet::build(
             &mut plan.config,
@@ -298,13 +303,15 @@ impl Instance {
             &demands,
             &ram,
             &vm,
+            &gate,
             plan.arriving,
         )?;
         // Until the machine is resumed nothing goes in or out: what is restored belongs to another machine up to then.
         devices.pause();
         let bus = Arc::new(MachineBus::new(pio, mmio, devices.ioapic()));
 
-        let vcpus = (0..plan.config.cpus.boot_vcpus)
+        // All that there may ever be: what a vCPU is at this host is decided before the guest is, and the states of all travel.
+        let vcpus = (0..plan.config.cpus.max_vcpus)
             .map(|id| {
                 let mut vcpu = vm.create_vcpu(id)?;
                 show(&mut *vcpu, &mut contract, &topology, model.as_ref())?;
@@ -314,8 +321,18 @@ impl Instance {
         if contract.tsc_khz.is_none() {
             contract.tsc_khz = vcpus.first().and_then(|vcpu| vcpu.tsc_khz());
         }
+        let fresh = match vcpus.get(1) {
+            Some(never_run) if plan.config.cpus.hotplug() => {
+                let mut state = never_run.save_state()?;
+                msr::apply_boot_values(&mut state);
+                msr::apply(&mut state, &contract.feature_msrs);
+                Some(FreshState::new(state))
+            }
+            _ => None,
+        };
         let exit_bus: Arc<dyn hypervisor::ExitBus + Send + Sync> = bus.clone();
-        let vcpus = VcpuSet::start(vcpus, &exit_bus, &demands).map_err(BuildError::Thread)?;
+        let vcpus =
+            VcpuSet::start(vcpus, &gate, fresh, &exit_bus, &demands).map_err(BuildError::Thread)?;
         Ok(Self {
             number,
             config: Mutex::new(plan.config),
@@ -350,8 +367,9 @@ impl Instance {
             .transpose()?;
         let memory = self.ram.guest_memory();
         let tables = acpi::build(&acpi::AcpiConfig {
-            vcpus: config.cpus.boot_vcpus,
+            vcpus: config.cpus.desired(),
             max_vcpus: config.cpus.max_vcpus,
+            cpu_hotplug: config.cpus.hotplug(),
             ecam: Some(acpi::Ecam {
                 base: layout::PCI_ECAM_BASE,
                 last_bus: 0,
@@ -471,6 +489,18 @@ impl Instance {
     /// False if there is no such device.
     pub(super) fn ask_to_remove(&self, id: &str) -> bool {
         self.devices.pci().ask_to_remove(id)
+    }
+
+    /// Lets vCPUs come, and asks the guest to let some go.
+    pub(super) fn resize_vcpus(&self, wanted: u32) {
+        if let Some(hotplug) = self.devices.cpu_hotplug() {
+            hotplug.resize(wanted);
+        }
+    }
+
+    /// How that stands, where vCPUs can come and go.
+    pub(super) fn vcpu_status(&self) -> Option<CpuHotplugStatus> {
+        self.devices.cpu_hotplug().map(CpuHotplug::status)
     }
 
     pub(super) fn set_balloon(&self, bytes: u64) {
@@ -607,7 +637,7 @@ impl Instance {
             vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
             hypervisor: self.hypervisor_name().to_owned(),
             config: serde_json::to_string(&config)?,
-            vcpus: config.cpus.boot_vcpus,
+            vcpus: config.cpus.max_vcpus,
             memory: self
                 .ram
                 .regions()
@@ -639,10 +669,13 @@ impl Instance {
                 data: Bytes(state.data),
             })
             .collect();
+        // Right before the first vCPU's TSC, which is to go on by the time since: afterwards, the TSC would fall behind the clock by as long as
+        // it takes to save all vCPUs.
+        let clock = self.vm.clock()?;
         Ok(MachineState {
             run_state,
             vcpus: self.vcpus.save()?,
-            clock: self.vm.clock()?,
+            clock,
             devices,
         })
     }

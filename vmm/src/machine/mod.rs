@@ -26,6 +26,7 @@ mod demand;
 mod destination;
 mod devices;
 mod ends;
+mod gate;
 mod hotplug;
 mod instance;
 mod moves;

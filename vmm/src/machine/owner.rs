@@ -310,6 +310,7 @@ impl Owner {
             memory_actual_size: config.memory.size,
             state: vm.state,
             hypervisor: vm.instance.as_ref().map(|i| i.hypervisor_name().to_owned()),
+            vcpus: vm.vcpu_info(),
             config,
             bootable: vm.untold_boot.is_none(),
         })))

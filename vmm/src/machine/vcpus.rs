@@ -7,81 +7,29 @@
 //!      └──────── stop() ───┴──► Ended (threads joined)
 //! ```
 //!
-//! A thread holds its vCPU's lock while it runs, and only then; whoever saves or restores takes the same lock after
+//! Whether a thread runs its vCPU, [`Gate`] decides; a machine has a thread for each vCPU that it may ever have, and that of one which is
+//! absent waits there. A thread holds its vCPU's lock while it runs, and only then; whoever saves or restores takes the same lock after
 //! [`VcpuSet::pause`] has returned. No kick is lost: a kick stays in force until a run has ended because of it,
 //! so a thread that has passed the gate but not yet entered the guest comes back at once.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
+use arch::x86_64::fresh::FreshState;
 use arch::x86_64::state::VcpuState;
-use hypervisor::{ExitBus, Vcpu, VcpuExit, VcpuKick};
+use hypervisor::{ExitBus, Vcpu, VcpuExit};
 
 use super::demand::{Demand, Demands};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
-    Parked,
-    Running,
-    Ended,
-}
-
-struct Gate {
-    mode: Mode,
-    /// Threads that are not inside [`Vcpu::run`].
-    parked: usize,
-    /// Counts up at every resume, so that a thread which parked alone knows a new one.
-    resumes: u64,
-}
-
-struct Shared {
-    gate: Mutex<Gate>,
-    changed: Condvar,
-}
-
-impl Shared {
-    fn gate(&self) -> MutexGuard<'_, Gate> {
-        self.gate
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Waits, parked, until there is a resume that this thread has not seen. `None` ends the thread.
-    fn wait_for_resume(&self, seen: u64, stay: bool) -> Option<u64> {
-        let mut gate = self.gate();
-        gate.parked += 1;
-        self.changed.notify_all();
-        loop {
-            match gate.mode {
-                Mode::Ended => return None,
-                Mode::Running if !stay || gate.resumes != seen => {
-                    gate.parked -= 1;
-                    return Some(gate.resumes);
-                }
-                Mode::Running | Mode::Parked => {
-                    gate = self
-                        .changed
-                        .wait(gate)
-                        .unwrap_or_else(|poisoned| poisoned.into_inner());
-                }
-            }
-        }
-    }
-
-    fn running(&self) -> bool {
-        self.gate().mode == Mode::Running
-    }
-}
+use super::gate::{Gate, Task};
 
 struct Slot {
     vcpu: Arc<Mutex<Box<dyn Vcpu>>>,
-    kick: Arc<dyn VcpuKick>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// All vCPUs of one machine.
 pub(crate) struct VcpuSet {
-    shared: Arc<Shared>,
+    gate: Arc<Gate>,
     slots: Mutex<Vec<Slot>>,
 }
 
@@ -90,40 +38,42 @@ fn lock(vcpu: &Mutex<Box<dyn Vcpu>>) -> MutexGuard<'_, Box<dyn Vcpu>> {
 }
 
 impl VcpuSet {
-    /// Starts one parked thread for each vCPU. `demands` hears what they want decided.
+    /// Starts one parked thread for each vCPU, by their ids from 0 on. `demands` hears what they want decided; `fresh` is what a vCPU becomes
+    /// that comes or goes, where they can.
     pub(crate) fn start(
         vcpus: Vec<Box<dyn Vcpu>>,
+        gate: &Arc<Gate>,
+        fresh: Option<FreshState>,
         bus: &Arc<dyn ExitBus + Send + Sync>,
         demands: &Arc<Demands>,
     ) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared {
-            gate: Mutex::new(Gate {
-                mode: Mode::Parked,
-                parked: 0,
-                resumes: 0,
-            }),
-            changed: Condvar::new(),
-        });
         let set = Self {
-            shared,
+            gate: Arc::clone(gate),
             slots: Mutex::new(Vec::new()),
         };
+        let kicks = vcpus.iter().map(|vcpu| vcpu.kick_handle()).collect();
+        let fresh = Arc::new(fresh);
         for vcpu in vcpus {
-            let (id, kick) = (vcpu.id(), vcpu.kick_handle());
+            let id = vcpu.id();
             let vcpu = Arc::new(Mutex::new(vcpu));
-            let (shared, bus) = (Arc::clone(&set.shared), Arc::clone(bus));
-            let demands = Arc::clone(demands);
-            let own = Arc::clone(&vcpu);
+            let own = Thread {
+                id,
+                vcpu: Arc::clone(&vcpu),
+                gate: Arc::clone(gate),
+                fresh: Arc::clone(&fresh),
+                bus: Arc::clone(bus),
+                demands: Arc::clone(demands),
+            };
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{id}"))
                 .stack_size(256 << 10)
-                .spawn(move || run_loop(&own, &shared, bus.as_ref(), &demands))?;
+                .spawn(move || own.serve())?;
             set.slots().push(Slot {
                 vcpu,
-                kick,
                 thread: Some(thread),
             });
         }
+        gate.connect(kicks);
         Ok(set)
     }
 
@@ -135,30 +85,13 @@ impl VcpuSet {
 
     /// Stops all vCPUs. On return none is inside the guest, and no access is half done.
     pub(crate) fn pause(&self) {
-        let mut gate = self.shared.gate();
-        if gate.mode == Mode::Running {
-            gate.mode = Mode::Parked;
-        }
-        drop(gate);
-        let count = {
-            let slots = self.slots();
-            slots.iter().for_each(|slot| slot.kick.kick());
-            slots.len()
-        };
-        let mut gate = self.shared.gate();
-        while gate.parked < count && gate.mode == Mode::Parked {
-            gate = self
-                .shared
-                .changed
-                .wait(gate)
-                .unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
+        self.gate.park();
     }
 
-    /// Lets all vCPUs run.
+    /// Lets all vCPUs run that are there.
     pub(crate) fn resume(&self) {
         // A running vCPU's lock is held by its thread for as long as it runs.
-        if self.shared.gate().mode != Mode::Parked {
+        if !self.gate.is_parked() {
             return;
         }
         for slot in self.slots().iter() {
@@ -166,19 +99,13 @@ impl VcpuSet {
                 tracing::debug!(%error, "the guest's clock was not told of the pause");
             }
         }
-        let mut gate = self.shared.gate();
-        if gate.mode == Mode::Parked {
-            gate.mode = Mode::Running;
-            gate.resumes += 1;
-            self.shared.changed.notify_all();
-        }
+        self.gate.run();
     }
 
     /// Ends all threads and drops the vCPUs.
     pub(crate) fn stop(&self) {
         self.pause();
-        self.shared.gate().mode = Mode::Ended;
-        self.shared.changed.notify_all();
+        self.gate.end();
         for mut slot in self.slots().drain(..) {
             if let Some(thread) = slot.thread.take()
                 && thread.join().is_err()
@@ -226,49 +153,79 @@ impl Drop for VcpuSet {
     }
 }
 
-/// Counts a thread that panics as parked: nobody must wait for it.
-struct PanicGuard<'a>(&'a Shared);
+/// What the thread of one vCPU has.
+struct Thread {
+    id: u32,
+    vcpu: Arc<Mutex<Box<dyn Vcpu>>>,
+    gate: Arc<Gate>,
+    fresh: Arc<Option<FreshState>>,
+    bus: Arc<dyn ExitBus + Send + Sync>,
+    demands: Arc<Demands>,
+}
 
-impl Drop for PanicGuard<'_> {
+impl Drop for Thread {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.gate().parked += 1;
-            self.0.changed.notify_all();
+            self.gate.panicked(self.id);
         }
     }
 }
 
-fn run_loop(
-    vcpu: &Mutex<Box<dyn Vcpu>>,
-    shared: &Shared,
-    bus: &(dyn ExitBus + Send + Sync),
-    demands: &Demands,
-) {
-    let _guard = PanicGuard(shared);
-    let mut seen = 0;
-    let mut stay = false;
-    while let Some(resume) = shared.wait_for_resume(seen, stay) {
-        seen = resume;
-        stay = false;
-        let demand = loop {
-            let exit = lock(vcpu).run(bus);
-            match exit {
-                Ok(VcpuExit::Interrupted | VcpuExit::Halt) if shared.running() => {}
-                Ok(VcpuExit::Interrupted | VcpuExit::Halt) => break None,
-                Ok(VcpuExit::Shutdown) => break Some(Demand::Shutdown),
+impl Thread {
+    fn serve(self) {
+        let (mut seen, mut stay) = (0, false);
+        loop {
+            let demand = match self.gate.next(self.id, seen, stay) {
+                Task::End => return,
+                Task::Reset => self.reset(),
+                Task::Run(resume) => {
+                    seen = resume;
+                    self.run()
+                }
+            };
+            stay = demand.is_some();
+            if let Some(demand) = demand {
+                self.demands.raise(demand);
+            }
+        }
+    }
+
+    /// Runs the guest until the thread is to park, because of what is returned or because the gate wants it.
+    fn run(&self) -> Option<Demand> {
+        loop {
+            let exit = lock(&self.vcpu).run(self.bus.as_ref());
+            return Some(match exit {
+                Ok(VcpuExit::Interrupted | VcpuExit::Halt) => {
+                    if self.gate.may_run(self.id) {
+                        continue;
+                    }
+                    return None;
+                }
+                Ok(VcpuExit::Shutdown) => Demand::Shutdown,
                 Ok(VcpuExit::Reset { triple_fault }) => {
                     if triple_fault {
                         tracing::info!("the guest resets by a triple fault");
                     }
-                    break Some(Demand::Reset);
+                    Demand::Reset
                 }
-                Ok(VcpuExit::Fault(details)) => break Some(Demand::Fault(details.to_string())),
-                Err(error) => break Some(Demand::Fault(super::error_chain(&error))),
-            }
-        };
-        if let Some(demand) = demand {
-            stay = true;
-            demands.raise(demand);
+                Ok(VcpuExit::Fault(details)) => Demand::Fault(details.to_string()),
+                Err(error) => Demand::Fault(super::error_chain(&error)),
+            });
         }
+    }
+
+    /// Puts the vCPU into its state after reset. One that could not be must not run.
+    fn reset(&self) -> Option<Demand> {
+        let fresh = self.fresh.as_ref().as_ref()?.of(self.id);
+        let mut vcpu = lock(&self.vcpu);
+        // Reading the state makes the hypervisor act on an INIT or start-up that was sent to a vCPU which was not there.
+        let done = vcpu.save_state().and_then(|_| vcpu.restore_state(&fresh));
+        done.err().map(|error| {
+            Demand::Fault(format!(
+                "vCPU {} cannot be reset: {}",
+                self.id,
+                super::error_chain(&error)
+            ))
+        })
     }
 }

@@ -6,6 +6,7 @@
 //!   \_SB_.PEVT  QEMU0001       pvpanic, when it is there
 //!   \_SB_.PCI0  PNP0A08        PCI host bridge with its bus numbers and addresses  \ when there
 //!   \_SB_.MBRD  PNP0C02        the ECAM window, reserved                          / is PCI
+//!   \_SB_.CPUS  ACPI0010       the processors, when they can come and go (cpus.rs)
 //!   \_SB_.PWRB  PNP0C0C  ◄── Notify ── \_SB_.GED_ ACPI0013 ◄── ACPI_EVENT_IRQ, flags in ACPI_EVENT_PORT
 //! ```
 
@@ -17,7 +18,8 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
-use super::{AcpiConfig, Ecam};
+use super::hotplug::{DEVICE_CHECK, EJECT_REQUEST, Tell, registers};
+use super::{AcpiConfig, Ecam, cpus};
 use crate::x86_64::layout::{
     ACPI_EVENT_IRQ, ACPI_EVENT_PORT, ACPI_S5_SLEEP_TYPE, CMOS_PORT, PCI_HOTPLUG_PORT,
     PCI_MMIO_BASE, PCI_MMIO_SIZE, PCI_SLOTS, PVPANIC_PORT, SERIAL_IRQ, SERIAL_PORT,
@@ -27,6 +29,8 @@ use crate::x86_64::layout::{
 const POWER_BUTTON_FLAG: u8 = 1;
 /// Event flag of PCI slots.
 const PCI_FLAG: u8 = 2;
+/// Event flag of vCPUs.
+const CPU_FLAG: u8 = 4;
 /// Notification "S0 power button pressed" (ACPI 6.5, section 4.8.3.1.1.2, table 4.20).
 const BUTTON_PRESSED: u8 = 0x80;
 
@@ -34,7 +38,7 @@ const BUTTON_PRESSED: u8 = 0x80;
 pub(super) fn body(config: &AcpiConfig) -> Vec<u8> {
     let mut aml = Vec::new();
     soft_off(&mut aml);
-    events(config.ecam.is_some(), &mut aml);
+    events(config, &mut aml);
     rtc(&mut aml);
     if config.serial {
         serial(&mut aml);
@@ -45,6 +49,9 @@ pub(super) fn body(config: &AcpiConfig) -> Vec<u8> {
     if let Some(ecam) = config.ecam {
         reserved_window(ecam, &mut aml);
         host_bridge(ecam, &mut aml);
+    }
+    if config.cpu_hotplug {
+        cpus::container(config.max_vcpus, &mut aml);
     }
     aml
 }
@@ -130,27 +137,12 @@ struct Slots;
 
 impl Aml for Slots {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        OpRegion::new(
-            Path::new("PHPR"),
-            OpRegionSpace::SystemIO,
-            &PCI_HOTPLUG_PORT,
-            &12u8,
-        )
-        .to_aml_bytes(sink);
-        Field::new(
-            Path::new("PHPR"),
-            FieldAccessType::DWord,
-            FieldLockRule::NoLock,
-            FieldUpdateRule::WriteAsZeroes,
-            ["PINS", "PLEV", "PEJC"]
-                .map(|name| {
-                    let mut bytes = [0; 4];
-                    bytes.copy_from_slice(name.as_bytes());
-                    FieldEntry::Named(bytes, 32)
-                })
-                .into(),
-        )
-        .to_aml_bytes(sink);
+        registers(
+            "PHPR",
+            PCI_HOTPLUG_PORT,
+            &[*b"PINS", *b"PLEV", *b"PEJC"],
+            sink,
+        );
         for slot in 1..PCI_SLOTS {
             let address = Name::new(Path::new("_ADR"), &(u32::from(slot) << 16));
             let number = Name::new(Path::new("_SUN"), &slot);
@@ -158,7 +150,8 @@ impl Aml for Slots {
             let eject = Store::new(&register, &bit);
             // ACPI 6.5, section 6.3.3: the argument is 1 for eject.
             let eject = Method::new(Path::new("_EJ0"), 1, true, vec![&eject]);
-            Device::new(slot_path(slot), vec![&address, &number, &eject]).to_aml_bytes(sink);
+            Device::new(Path::new(&slot_name(slot)), vec![&address, &number, &eject])
+                .to_aml_bytes(sink);
         }
         let (inserted, leaving) = (Path::new("PINS"), Path::new("PLEV"));
         let (come, go) = (Local(0), Local(1));
@@ -166,7 +159,8 @@ impl Aml for Slots {
         let tells: Vec<Tell> = (1..PCI_SLOTS)
             .flat_map(|slot| {
                 [(0, DEVICE_CHECK), (1, EJECT_REQUEST)].map(|(local, what)| Tell {
-                    slot,
+                    who: slot_name(slot),
+                    bit: 1 << slot,
                     local,
                     what,
                 })
@@ -178,35 +172,13 @@ impl Aml for Slots {
     }
 }
 
-/// Notification "device check" (ACPI 6.5, table 5.159): look what is there.
-const DEVICE_CHECK: u8 = 1;
-/// Notification "eject request": let it go.
-const EJECT_REQUEST: u8 = 3;
-
-fn slot_path(slot: u8) -> Path {
-    Path::new(&format!("S{slot:02}_"))
-}
-
-/// Notifies a slot if its bit is set in a local variable.
-struct Tell {
-    slot: u8,
-    local: u8,
-    what: u8,
-}
-
-impl Aml for Tell {
-    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        let (bit, path) = (1u32 << self.slot, slot_path(self.slot));
-        let (from, masked) = (Local(self.local), Local(2));
-        And::new(&masked, &from, &bit).to_aml_bytes(sink);
-        let notify = Notify::new(&path, &self.what);
-        If::new(&Equal::new(&masked, &bit), vec![&notify]).to_aml_bytes(sink);
-    }
+fn slot_name(slot: u8) -> String {
+    format!("S{slot:02}_")
 }
 
 /// The power button and the generic event device (ACPI 6.5, section 5.6.9) that reports it. Reading the flags
 /// clears them, so they are read once, as a whole.
-fn events(pci: bool, aml: &mut Vec<u8>) {
+fn events(config: &AcpiConfig, aml: &mut Vec<u8>) {
     let hid = Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C"));
     let button = Device::new(Path::new("PWRB"), vec![&hid]);
 
@@ -239,10 +211,17 @@ fn events(pci: bool, aml: &mut Vec<u8>) {
     let mask_slots = And::new(&pressed, &flags, &PCI_FLAG);
     let are_slots = Equal::new(&pressed, &PCI_FLAG);
     let when_slots = If::new(&are_slots, vec![&scan]);
+    let scan_cpus = MethodCall::new(Path::new(cpus::SCAN), Vec::new());
+    let mask_cpus = And::new(&pressed, &flags, &CPU_FLAG);
+    let are_cpus = Equal::new(&pressed, &CPU_FLAG);
+    let when_cpus = If::new(&are_cpus, vec![&scan_cpus]);
     let is_ours = Equal::new(&Arg(0), &(ACPI_EVENT_IRQ as u8));
     let mut what: Vec<&dyn Aml> = vec![&read, &mask, &when_pressed];
-    if pci {
+    if config.ecam.is_some() {
         what.extend([&mask_slots as &dyn Aml, &when_slots]);
+    }
+    if config.cpu_hotplug {
+        what.extend([&mask_cpus as &dyn Aml, &when_cpus]);
     }
     let when_ours = If::new(&is_ours, what);
     let method = Method::new(Path::new("_EVT"), 1, true, vec![&when_ours]);

@@ -14,7 +14,9 @@
 //! - The tables fit between [`ACPI_TABLES`] and 1 MiB, or there is an error.
 //! - They are ACPI 6.5 in layout (`FADT` 6.5), and need no interpreter but the one of the guest.
 
+mod cpus;
 mod dsdt;
+mod hotplug;
 mod madt;
 mod wdat;
 
@@ -49,6 +51,8 @@ pub struct AcpiConfig {
     pub vcpus: u32,
     /// vCPUs there may be later; at least `vcpus`.
     pub max_vcpus: u32,
+    /// vCPUs can come and go while the guest runs: the DSDT has a processor for each of `max_vcpus`, at most 255.
+    pub cpu_hotplug: bool,
     /// PCI configuration window, if there is PCI.
     pub ecam: Option<Ecam>,
     /// The first serial port is there.

@@ -7,6 +7,7 @@ fn config(vcpus: u32) -> AcpiConfig {
     AcpiConfig {
         vcpus,
         max_vcpus: vcpus,
+        cpu_hotplug: false,
         ecam: None,
         serial: true,
         pvpanic: false,
@@ -217,6 +218,54 @@ fn the_dsdt_has_the_devices_that_are_there() {
 }
 
 #[test]
+fn the_dsdt_has_processors_only_where_they_can_come_and_go() {
+    let dsdt = |max_vcpus, cpu_hotplug| {
+        let tables = build(&AcpiConfig {
+            max_vcpus,
+            cpu_hotplug,
+            ..config(1)
+        })
+        .expect("fits");
+        let fadt = find(&tables, b"FACP").expect("listed");
+        table_at(&tables, u64_at(fadt, 140)).to_vec()
+    };
+    // No word of them, for the same kernel must find the same machine as before there was hotplug.
+    let (fixed, one) = (dsdt(4, false), dsdt(1, false));
+    assert_eq!(fixed, one);
+    for name in [&b"CPUS"[..], b"ACPI0007", b"CSCN"] {
+        assert!(!contains(&fixed, name), "{name:?}");
+    }
+    for max_vcpus in [2, 32, 33, 254] {
+        let all = dsdt(max_vcpus, true);
+        let count = |bytes: &[u8]| {
+            all.windows(bytes.len())
+                .filter(|window| *window == bytes)
+                .count()
+        };
+        let processors = max_vcpus as usize;
+        assert_eq!(count(b"ACPI0007"), processors);
+        for method in [b"_MAT", b"_OST"] {
+            assert_eq!(count(method), processors, "{method:?}");
+        }
+        assert_eq!(count(b"_EJ0"), processors - 1, "the boot processor stays");
+        // Name(_MAT, Buffer(8) { local APIC, its length, UID, APIC id, enabled }).
+        let last = u8::try_from(max_vcpus - 1).expect("small");
+        let apic = [0x11, 0x0b, 0x0a, 8, 0, 8, last, last, 1, 0, 0, 0];
+        assert_eq!(count(&[&b"_MAT"[..], &apic].concat()), 1);
+        // Notified once of coming and, unless it is the first, once of going; the scan and the event method know its name.
+        let notify = |id: u32, what: u8| {
+            let name = format!("C{id:03}");
+            let value: &[u8] = if what == 1 { &[1] } else { &[0x0a, what] };
+            count(&[&[0x86], name.as_bytes(), value].concat())
+        };
+        for id in 0..max_vcpus {
+            assert_eq!((notify(id, 1), notify(id, 3)), (1, usize::from(id > 0)));
+        }
+        assert_eq!(count(b"CSCN"), 2, "defined and called");
+    }
+}
+
+#[test]
 fn what_does_not_fit_is_refused() {
     let error = build(&AcpiConfig {
         vcpus: 3,
@@ -268,7 +317,8 @@ fn tables_can_be_dumped() {
     });
     let tables = build(&AcpiConfig {
         ecam,
-        max_vcpus: 300,
+        max_vcpus: 254,
+        cpu_hotplug: true,
         ..config(2)
     })
     .expect("builds");

@@ -7,6 +7,7 @@ mod devices;
 mod hangs;
 mod selftest;
 mod stock;
+mod vcpus;
 mod vhost;
 
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         .chain(cpu::trials())
         .chain(devices::trials())
         .chain(vhost::trials())
+        .chain(vcpus::trials())
         .collect();
     let conclusion = libtest_mimic::run(&args, trials);
     let retries = lab::retries();

@@ -162,6 +162,12 @@ impl Guest {
         )
     }
 
+    /// With the vCPUs that there may be, besides those at boot.
+    pub(crate) fn config_growing(self, max_vcpus: u32) -> String {
+        let max = |vcpus: u32| format!("\"max_vcpus\": {vcpus}");
+        self.config().replace(&max(self.vcpus), &max(max_vcpus))
+    }
+
     /// A lab host with the product, this guest and its config.
     pub(crate) fn host(self, cpu: Cpu) -> Result<Host> {
         Ok(bare_host(cpu)?

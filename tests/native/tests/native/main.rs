@@ -8,6 +8,7 @@ mod matrix;
 mod moves;
 mod refusals;
 mod snapshots;
+mod vcpus;
 mod vhost;
 
 use libtest_mimic::{Arguments, Trial};
@@ -22,6 +23,7 @@ fn main() {
     trials.extend(refusals::trials());
     trials.extend(devices::trials());
     trials.extend(snapshots::trials());
+    trials.extend(vcpus::trials());
     trials.extend(vhost::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -240,6 +240,7 @@ fn info_and_counters_are_json() {
                 memory_actual_size: 512 << 20,
                 bootable: true,
                 hypervisor: None,
+                vcpus: None,
             })),
             _ => Response::Counters(BTreeMap::from([(
                 "serial".into(),
