@@ -79,18 +79,37 @@ fn is_kept(code: u32) -> bool {
     }
 }
 
+/// What is asked of KVM's first vCPU, which must not be inside KVM_RUN: it may sleep there for good, and the hypervisor answers at once. The
+/// partition's lock is not held meanwhile, which a VP may need to get out.
+fn of_first_vp(partition: &Partition, code: u32) -> Option<Result<u64, Status>> {
+    let first = partition.vp(0);
+    #[expect(non_upper_case_globals, reason = "names of the TLFS")]
+    match code {
+        hv_partition_property_code_HV_PARTITION_PROPERTY_PROCESSOR_CLOCK_FREQUENCY => Some(
+            first
+                .map_err(|_| status::InvalidPartitionState)
+                .map(|vp| vp.visit(|_| vp.vcpu.tsc_khz()))
+                .map(|khz| u64::from(khz.unwrap_or_default().unsigned_abs()) * 1000),
+        ),
+        hv_partition_property_code_HV_PARTITION_PROPERTY_GUEST_OS_ID => Some(Ok(first
+            .ok()
+            .and_then(|vp| vp.visit(|_| vp.vcpu.msr(HV_X64_MSR_GUEST_OS_ID)).ok())
+            .unwrap_or(0))),
+        _ => None,
+    }
+}
+
 /// HvCallGetPartitionProperty.
 pub(crate) fn get(partition: &Partition, code: u32) -> Result<u64, Status> {
+    if let Some(value) = of_first_vp(partition, code) {
+        return value;
+    }
     let inner = lock(&partition.inner);
     if let Some(value) = of_processor(&partition.host, &inner.features, code) {
         return Ok(value);
     }
     #[expect(non_upper_case_globals, reason = "names of the TLFS")]
     match code {
-        hv_partition_property_code_HV_PARTITION_PROPERTY_PROCESSOR_CLOCK_FREQUENCY => {
-            let vp = partition.vp(0).map_err(|_| status::InvalidPartitionState)?;
-            Ok(u64::from(vp.vcpu.tsc_khz().unwrap_or_default().unsigned_abs()) * 1000)
-        }
         hv_partition_property_code_HV_PARTITION_PROPERTY_GPA_PAGE_ACCESS_TRACKING => {
             let memory = partition
                 .memory
@@ -104,11 +123,6 @@ pub(crate) fn get(partition: &Partition, code: u32) -> Result<u64, Status> {
         hv_partition_property_code_HV_PARTITION_PROPERTY_REFERENCE_TIME => {
             Ok(clock(partition, &inner)? / 100)
         }
-        hv_partition_property_code_HV_PARTITION_PROPERTY_GUEST_OS_ID => Ok(partition
-            .vp(0)
-            .ok()
-            .and_then(|vp| vp.vcpu.msr(HV_X64_MSR_GUEST_OS_ID).ok())
-            .unwrap_or(0)),
         hv_partition_property_code_HV_PARTITION_PROPERTY_PRIVILEGE_FLAGS => Ok(0),
         _ if is_kept(code) => Ok(inner.properties.get(&code).copied().unwrap_or(0)),
         _ => {

@@ -137,7 +137,7 @@ fn set_lapic(vp: &Vp, buffer: &[u8]) -> Answer<()> {
         // The identifier belongs to the VP, and in x2APIC mode the logical one follows from it.
         if index == ID || (x2apic && index == LDR) {
             let value = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
-            // In xAPIC mode the register holds it in its top byte; a client may set the mode later.
+            // In xAPIC mode the register holds it in its top byte; a client may set the mode later, or have set it before.
             if index == ID && ![now[ID], vp.index, vp.index << 24].contains(&value) {
                 note!(
                     "local APIC: identifier {value:#x} is not the VP's {:#x}",
@@ -149,6 +149,13 @@ fn set_lapic(vp: &Vp, buffer: &[u8]) -> Answer<()> {
         }
         for (byte, value) in raw.iter().enumerate() {
             page.regs[at + byte] = *value as _;
+        }
+    }
+    // KVM leaves the identifier in the form of the mode before, when a client has set another.
+    let id = if x2apic { vp.index } else { vp.index << 24 };
+    if let Some(at) = LAPIC[ID] {
+        for (byte, value) in id.to_le_bytes().into_iter().enumerate() {
+            page.regs[at + byte] = value as _;
         }
     }
     vp.vcpu.set_lapic(&page)

@@ -102,7 +102,7 @@ programs! {
         a_waiting_interrupt_travels, priorities, hlt_wakes_by_a_message, nmi_by_a_message,
         the_end_of_a_level_triggered_one_is_reported, the_local_timer_wakes, self_ipi;
     io_events: memory_writes, memory_writes_of_a_value, port_writes, wrong_registrations_are_refused;
-    processors: after_reset_one_waits_and_one_runs, start_up_by_ipi, interrupts_between_two;
+    processors: after_reset_one_waits_and_one_runs, start_up_by_ipi, one_that_is_reset_starts_again, interrupts_between_two;
     cpuid: what_is_shown_is_what_is_read, masked_features_stay_masked, the_table_is_kept, leaves_beyond_the_table, each_vcpu_reads_its_own_apic_id;
     msrs: what_is_written_is_read_and_saved, what_is_restored_is_read, efer, unknown_ones_are_refused, privileged,
         the_list_is_sorted_and_complete;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use arch::x86_64::fresh::FreshState;
 use arch::x86_64::state::Activity;
 use hypervisor::{Hypervisor, Vcpu, VcpuExit};
 use iced_x86::code_asm::*;
@@ -101,6 +102,54 @@ pub(super) fn start_up_by_ipi(hypervisor: &dyn Hypervisor) -> Outcome {
     same!(state.activity, Activity::Running, "its activity");
     same!(state.special.cs.base, START_UP, "its code segment's base");
     same!(state.special.cr0 & 1, 0, "protected mode");
+    Ok(())
+}
+
+/// A processor that has run, with its local APIC in x2APIC mode, is put back into its state after reset and started again.
+pub(super) fn one_that_is_reset_starts_again(hypervisor: &dyn Hypervisor) -> Outcome {
+    const APIC_BASE: u32 = 0x1b;
+    let mut guest = Guest::long(hypervisor, &|a| {
+        let mut wait = a.create_label();
+        a.mov(edi, APIC as u32)?;
+        a.mov(dword_ptr(rdi + 0xf0), 0x1ff)?;
+        a.mov(dword_ptr(rdi + 0x310), 1 << 24)?;
+        a.mov(dword_ptr(rdi + 0x300), 0x4500)?;
+        a.mov(dword_ptr(rdi + 0x300), (0x4600 | START_UP >> 12) as i32)?;
+        a.set_label(&mut wait)?;
+        a.cmp(dword_ptr(DATA), 0)?;
+        a.je(wait)?;
+        a.stop_for_good()
+    })?;
+    guest.place(16, START_UP, &|a| {
+        a.xor(ax, ax)?;
+        a.mov(ds, ax)?;
+        a.mov(ecx, APIC_BASE)?;
+        a.rdmsr()?;
+        a.or(eax, 0xc00)?;
+        a.wrmsr()?;
+        a.mov(dword_ptr(DATA), 1)?;
+        a.spin()
+    })?;
+    let first = guest.vcpu.save_state()?;
+    let (mut second, bus) = guest.add_vcpu(hypervisor, 1)?;
+    let fresh = FreshState::new(second.save_state()?).of(1);
+    for round in 0..3 {
+        guest.ram.write_u64(DATA, 0);
+        beside(&mut *second, &bus, || guest.run())?;
+        let state = second.save_state()?;
+        same!(state.special.apic_base & 0xc00, 0xc00, "x2APIC mode");
+        second.restore_state(&fresh)?;
+        let after = second.save_state()?;
+        ensure!(
+            matches!(
+                after.activity,
+                Activity::Uninitialized | Activity::WaitForSipi
+            ),
+            "in round {round} it is {:?} after a reset",
+            after.activity
+        );
+        guest.vcpu.restore_state(&first)?;
+    }
     Ok(())
 }
 
