@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+/// The program of [`Server::Qemu`].
+const DAEMON: &str = "qemu-storage-daemon";
+
 /// Which back end serves a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Server {
@@ -22,6 +25,14 @@ impl Server {
             Self::Qemu => "qemu",
             Self::Ours => "ours",
         }
+    }
+
+    /// Why it cannot be started here, if so.
+    pub fn missing(self) -> Option<String> {
+        let path = std::env::var_os("PATH")?;
+        let there = std::env::split_paths(&path).any(|folder| folder.join(DAEMON).is_file());
+        (self == Self::Qemu && !there)
+            .then(|| format!("{DAEMON} is not installed: apt-get install qemu-system-common"))
     }
 
     fn command(self, image: &Path, socket: &Path, queues: u32) -> Result<Command> {
@@ -42,7 +53,7 @@ impl Server {
             ]);
             return Ok(command);
         }
-        let mut command = Command::new("qemu-storage-daemon");
+        let mut command = Command::new(DAEMON);
         // Two of them have the image while a guest moves; only one has a guest that runs.
         let node = format!("driver=file,node-name=image,filename={image},locking=off");
         let export = format!(

@@ -75,12 +75,7 @@ pub(crate) fn prepare_lab() {
         println!("this system has no apt-get; install the above by hand");
         return;
     }
-    if is_root() {
-        let status = run::shown(run::command("apt-get", &["update", "-q"]), "apt-get update");
-        if !status.is_ok_and(|status| status.success()) {
-            println!("apt-get update failed; going on with the package lists that are there");
-        }
-    }
+    update();
     if !programs.is_empty() {
         let packages: Vec<&str> = programs.iter().map(|(_, package, _)| *package).collect();
         install(&packages);
@@ -98,6 +93,28 @@ pub(crate) fn prepare_fuzz() {
         println!("the fuzz targets need g++: libFuzzer is in C++");
         if run::find("apt-get").is_some() {
             install(&["g++"]);
+        }
+    }
+}
+
+/// Installs what native tests start besides our own programs, if it is missing. Tests that need it skip without it.
+pub(crate) fn prepare_native() {
+    const NEEDED: &str = "qemu-storage-daemon";
+    for (program, package, why) in PROGRAMS {
+        if program == NEEDED && !is_there(program, package) {
+            println!("native tests need {package}: {why}");
+            update();
+            install(&[package]);
+        }
+    }
+}
+
+/// Brings the package lists up to date, if that is ours to do.
+fn update() {
+    if is_root() {
+        let status = run::shown(run::command("apt-get", &["update", "-q"]), "apt-get update");
+        if !status.is_ok_and(|status| status.success()) {
+            println!("apt-get update failed; going on with the package lists that are there");
         }
     }
 }

@@ -119,10 +119,14 @@ pub(crate) fn run(suites: &[Suite]) -> Result<bool> {
                 let tests = ["--test", "backend", "--test", "kvm", "--test", "preloaded"];
                 cargo_test(&mut tally, "backend", &tests, &[])?;
             }
-            Suite::Native => cargo_test(&mut tally, "native", &["--test", "native"], &[])?,
+            Suite::Native => {
+                debian::prepare_native();
+                cargo_test(&mut tally, "native", &["--test", "native"], &[])?;
+            }
             Suite::Fuzz => fuzz::run(&mut tally)?,
             Suite::Lab => lab(&mut tally, None)?,
             Suite::Devices => {
+                debian::prepare_native();
                 cargo_test(&mut tally, "native", &["--test", "native"], &["devices::"])?;
                 lab(&mut tally, Some("devices::"))?;
             }

@@ -27,7 +27,10 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
     .into_iter()
     .map(|guest| {
-        let name = format!("vhost::file_systems_network_and_disk::{}", guest.name());
+        let name = format!(
+            "devices::vhost::file_systems_network_and_disk::{}",
+            guest.name()
+        );
         trial(name, move || all(guest))
     })
     .collect()

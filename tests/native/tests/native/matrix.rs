@@ -11,11 +11,21 @@ pub(crate) fn guest_trials(
     name: impl AsRef<str>,
     body: impl Fn(&Folder) -> Result<()> + Clone + Send + 'static,
 ) -> Vec<Trial> {
+    guest_trials_with(hosts, || None, name, body)
+}
+
+/// The same for a body that needs something of the host besides, of which `missing` says why it is not there.
+pub(crate) fn guest_trials_with(
+    hosts: &[Hosts],
+    missing: fn() -> Option<String>,
+    name: impl AsRef<str>,
+    body: impl Fn(&Folder) -> Result<()> + Clone + Send + 'static,
+) -> Vec<Trial> {
     let name = name.as_ref();
     let trial = |hosts: &Hosts| {
         let (hosts, body) = (*hosts, body.clone());
         Trial::ignorable_test(format!("{name}::{}", hosts.name()), move || {
-            match hosts.missing() {
+            match hosts.missing().or_else(missing) {
                 Some(reason) => Ok(Completion::ignored_with(reason)),
                 None => {
                     let folder = Folder::on(hosts).map_err(failed)?;

@@ -14,45 +14,45 @@ use serde_json::{Value, json};
 
 use crate::boot::LIMIT;
 use crate::disks::{BLOCKS, expect_image, image};
-use crate::matrix::guest_trials;
+use crate::matrix::guest_trials_with;
 use crate::moves::move_guest_with;
 
 /// Times that a back end is killed at most until it has had requests under way.
 const KILLS: usize = 20;
 
+type Body = fn(&Folder, Server) -> Result<()>;
+
 pub(crate) fn trials() -> Vec<Trial> {
-    let mut trials = Vec::new();
     let kvm = &Hosts::ALIKE[..1];
-    for server in [Server::Qemu, Server::Ours] {
-        let name = |what: &str| format!("vhost::{what}::{}", server.name());
-        trials.extend(guest_trials(&Hosts::ALIKE, name("read"), move |folder| {
-            reads(folder, server)
-        }));
-        trials.extend(guest_trials(
-            &Hosts::ALL,
-            name("moved_while_writing"),
-            move |folder| moves(folder, server),
-        ));
-        trials.extend(guest_trials(kvm, name("snapshot"), move |folder| {
-            snapshot(folder, server)
-        }));
-        trials.extend(guest_trials(
-            kvm,
-            name("killed_while_idle"),
-            move |folder| killed_while_idle(folder, server),
-        ));
+    let both = [Server::Qemu, Server::Ours].as_slice();
+    let (qemu, ours) = (&both[..1], &both[1..]);
+    let cells: [(&str, &[Server], &[Hosts], Body); 7] = [
+        ("read", both, &Hosts::ALIKE, reads),
+        ("moved_while_writing", both, &Hosts::ALL, moves),
+        ("snapshot", both, kvm, snapshot),
+        ("killed_while_idle", both, kvm, killed_while_idle),
+        (
+            "killed_while_writing",
+            ours,
+            &Hosts::ALIKE,
+            killed_while_writing,
+        ),
+        ("killed_without_notes", qemu, kvm, killed_without_notes),
+        ("refused", qemu, kvm, refused),
+    ];
+    let mut trials = Vec::new();
+    for (name, servers, hosts, body) in cells {
+        for &server in servers {
+            let name = format!("devices::vhost::{name}::{}", server.name());
+            let missing = match server {
+                Server::Qemu => || Server::Qemu.missing(),
+                Server::Ours => || None,
+            };
+            trials.extend(guest_trials_with(hosts, missing, name, move |folder| {
+                body(folder, server)
+            }));
+        }
     }
-    trials.extend(guest_trials(
-        &Hosts::ALIKE,
-        "vhost::killed_while_writing",
-        killed_while_writing,
-    ));
-    trials.extend(guest_trials(
-        kvm,
-        "vhost::killed_without_notes",
-        killed_without_notes,
-    ));
-    trials.extend(guest_trials(kvm, "vhost::refused", refused));
     trials
 }
 
@@ -216,9 +216,9 @@ fn connected(vmm: &Vmm, wanted: bool) -> Result<()> {
 }
 
 /// A back end that answers out of order, and notes what it has begun, is killed in the midst of it: no write is lost, none comes twice.
-fn killed_while_writing(folder: &Folder) -> Result<()> {
+fn killed_while_writing(folder: &Folder, server: Server) -> Result<()> {
     let vmm = Vmm::serve(folder, "vmm")?;
-    let mut daemon = writing(folder, &vmm, Server::Ours, &folder.join("disk.vhost"))?;
+    let mut daemon = writing(folder, &vmm, server, &folder.join("disk.vhost"))?;
     let mut console = vmm.console()?;
     console.line("block: report", LIMIT)?;
     let mut passes = expect_whole(&mut console)?;
@@ -274,9 +274,9 @@ fn killed_while_writing(folder: &Folder) -> Result<()> {
 }
 
 /// `qemu-storage-daemon` does not note what it has begun: the device needs a reset, and the machine lives.
-fn killed_without_notes(folder: &Folder) -> Result<()> {
+fn killed_without_notes(folder: &Folder, server: Server) -> Result<()> {
     let vmm = Vmm::serve(folder, "vmm")?;
-    let mut daemon = writing(folder, &vmm, Server::Qemu, &folder.join("disk.vhost"))?;
+    let mut daemon = writing(folder, &vmm, server, &folder.join("disk.vhost"))?;
     let mut console = vmm.console()?;
     console.line("block: report", LIMIT)?;
     // Now and then it has nothing to do just when it is killed, and serves on.
@@ -306,7 +306,7 @@ fn killed_without_notes(folder: &Folder) -> Result<()> {
 }
 
 /// No back end, a destination that is not told of one, and a device of one that comes while the guest runs.
-fn refused(folder: &Folder) -> Result<()> {
+fn refused(folder: &Folder, server: Server) -> Result<()> {
     let vmm = Vmm::serve(folder, "vmm")?;
     let socket = folder.join("disk.vhost");
     let (image, _) = image(folder)?;
@@ -356,7 +356,7 @@ fn refused(folder: &Folder) -> Result<()> {
         answer.status == 400 && answer.message().contains("fs.tag"),
         "{answer:?}"
     );
-    let _second = DiskServer::start(Server::Qemu, &image, &second, 1)?;
+    let _second = DiskServer::start(server, &image, &second, 1)?;
     let added = vmm.api().put("vm.add-disk", &disk)?;
     ensure!(
         added["id"] == "second" && added["bdf"].is_string(),
