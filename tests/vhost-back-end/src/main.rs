@@ -26,8 +26,10 @@ use vhost::vhost_user::BackendReqHandler;
 
 use handler::Handler;
 
-/// Requests that are done between two looks at the connection.
+/// Requests of a ring that are done between two looks at the connection.
 const AT_ONCE: usize = 3;
+/// How long it rests after those, in nanoseconds: whoever kills it finds it with requests under way.
+const REST_NS: i64 = 200_000;
 
 /// What is served.
 pub(crate) enum Device {
@@ -81,12 +83,14 @@ fn wait(connection: i32, handler: &Handler) -> Result<bool> {
             PollFd::from_borrowed_fd(fd, PollFlags::IN)
         })
         .collect();
-    let at_once = Timespec {
+    let rest = Timespec {
         tv_sec: 0,
-        tv_nsec: 0,
+        tv_nsec: REST_NS,
     };
-    let timeout = handler.is_busy().then_some(&at_once);
-    match poll(&mut fds, timeout) {
+    // New requests do not end the rest.
+    let watched = if handler.is_busy() { 1 } else { fds.len() };
+    let timeout = handler.is_busy().then_some(&rest);
+    match poll(&mut fds[..watched], timeout) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(error) => return Err(error.into()),
     }
