@@ -333,9 +333,13 @@ impl Machine {
             self.world.set_config(function.slot, 4, 0);
         }
         for function in &mut self.functions {
-            function.pause(false);
             self.world.set_config(function.slot, 0x10, function.bar);
             self.world.set_config(function.slot, 4, 6);
+            // What one of them was asked for may still overwrite what another's driver has in memory.
+            function.driver(&self.world).write(0x14, &[0]);
+            function.pause(false);
+        }
+        for function in &mut self.functions {
             function.host.settle();
             let features = function.host.features();
             let mut driver = function.driver(&self.world);
