@@ -1,7 +1,7 @@
 //! Where RAM lies in the guest-physical address space.
 //!
 //! ```text
-//!   0 ──────────── low RAM ──────── 0xc000_0000 ── no RAM: MMIO ── 0x1_0000_0000 ──── high RAM ───►
+//!   0 ── low RAM ── 0xc000_0000 ── no RAM: MMIO ── 0x1_0000_0000 ── high RAM ── next multiple of 2 GiB ── what can be plugged ──►
 //! ```
 
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,13 @@ pub const MMIO_HOLE_END: u64 = 1 << 32;
 /// Most RAM a guest can be given: 16 TiB, which leaves room in the 46 physical address bits that the smallest
 /// server processors have.
 pub const MAX_RAM: u64 = 1 << 44;
+
+/// What the size of memory that can be plugged must be a multiple of: Linux on x86 adds memory in blocks of at least this size
+/// (`SECTION_SIZE_BITS`).
+pub const HOTPLUG_UNIT: u64 = 128 << 20;
+/// What its address must be a multiple of: the largest such block (`MAX_BLOCK_SIZE` in Linux `arch/x86/mm/init_64.c`). A guest with more than
+/// 64 GiB may use those, and what does not begin at one is lost to it.
+const HOTPLUG_ALIGNMENT: u64 = 2 << 30;
 
 /// A range of guest-physical addresses that is RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -53,6 +60,25 @@ pub fn ram_ranges(size: u64) -> Result<Vec<RamRange>, Error> {
         });
     }
     Ok(ranges)
+}
+
+/// Where memory lies that can be plugged into a guest with `size` bytes of RAM, `plug` bytes at most: above 4 GiB and all RAM.
+pub fn hotplug_range(size: u64, plug: u64) -> Result<RamRange, Error> {
+    let refuse = |reason| Err(Error::Size { size: plug, reason });
+    if plug == 0 || !plug.is_multiple_of(HOTPLUG_UNIT) {
+        return refuse("memory that can be plugged must be a multiple of 128 MiB");
+    }
+    if size.checked_add(plug).is_none_or(|all| all > MAX_RAM) {
+        return refuse("with the guest's RAM the most is 16 TiB");
+    }
+    let end = ram_ranges(size)?.last().and_then(RamRange::end);
+    Ok(RamRange {
+        gpa: end
+            .unwrap_or_default()
+            .max(MMIO_HOLE_END)
+            .next_multiple_of(HOTPLUG_ALIGNMENT),
+        len: plug,
+    })
 }
 
 /// Checks that ranges are page aligned, not empty, in rising order and apart from each other.
@@ -126,6 +152,31 @@ mod tests {
     fn impossible_sizes_are_refused() {
         for size in [0, 1, PAGE_SIZE + 1, MAX_RAM + PAGE_SIZE, u64::MAX] {
             assert!(ram_ranges(size).is_err(), "{size:#x}");
+        }
+    }
+
+    #[test]
+    fn what_can_be_plugged_is_above_everything_else() {
+        let gib = 1 << 30;
+        for (size, gpa) in [
+            (256 << 20, 4 * gib),
+            (3 * gib, 4 * gib),
+            (3 * gib + PAGE_SIZE, 6 * gib),
+            (5 * gib, 6 * gib),
+            (64 * gib, 66 * gib),
+        ] {
+            let range = hotplug_range(size, gib).expect("valid sizes");
+            assert_eq!((range.gpa, range.len), (gpa, gib), "{size:#x}");
+        }
+        for (size, plug) in [
+            (gib, 0),
+            (gib, 64 << 20),
+            (gib, gib + PAGE_SIZE),
+            (gib, MAX_RAM),
+            (0, gib),
+            (gib, !(HOTPLUG_UNIT - 1)),
+        ] {
+            assert!(hotplug_range(size, plug).is_err(), "{size:#x} {plug:#x}");
         }
     }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -11,6 +12,7 @@ use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use crate::backing::Mapping;
 use crate::layout::check_ranges;
+use crate::present::Presence;
 use crate::{
     Backing, Error, GuestMemoryMmap, GuestPages, PAGE_SIZE, PageBitmap, RamRange, populated,
 };
@@ -25,6 +27,7 @@ pub struct RamRegion {
     // An Option only so that drop can take it.
     mapping: Option<Mapping>,
     view: Option<Arc<GuestRegionMmap<AtomicBitmap>>>,
+    presence: Presence,
 }
 
 impl RamRegion {
@@ -76,6 +79,8 @@ pub struct GuestRam {
     total: u64,
     /// Opened once, early: a sandbox may come later.
     pagemap: Option<File>,
+    /// Its pages must stay where they are.
+    pinned: AtomicBool,
 }
 
 impl GuestRam {
@@ -103,6 +108,7 @@ impl GuestRam {
             backing,
             total,
             pagemap: File::open("/proc/self/pagemap").ok(),
+            pinned: AtomicBool::new(false),
         })
     }
 
@@ -151,11 +157,40 @@ impl GuestRam {
     /// Only for [`Backing::Anonymous`], once a region, and for a regular file that is long enough; anything else is refused
     /// and the memory stays as it is.
     pub fn map_file(&self, region: usize, file: File, offset: u64) -> Result<(), Error> {
+        if self.is_pinned() {
+            return Err(Error::MapFile {
+                reason: "the hypervisor has pinned the guest's memory",
+            });
+        }
         self.region(region, 0, 0)?.mapping().map_file(file, offset)
     }
 
+    /// Says that pages of a region come or go, in blocks of [`crate::BLOCK_SIZE`] from its start on: a block that lies in `pages` whole
+    /// goes, one that `pages` touches comes. In a fresh region all are there. What an absent block holds is nobody's: it is not
+    /// [populated](GuestRam::populated). It stays mapped, and keeps what it holds.
+    pub fn set_present(&self, region: usize, pages: Range<u64>, present: bool) {
+        if let Some(region) = self.regions.get(region) {
+            region.presence.set(region.pages(), pages, present);
+        }
+    }
+
+    /// Finds out whether a hypervisor's driver has pinned the memory, which it does when memory is mapped into the guest or never: to be called
+    /// then, before anything has used the memory. Where the host does not tell, it is taken to be pinned.
+    pub fn find_pinning(&self) {
+        let mut found = PageBitmap::new(1);
+        let last = self.regions.len().saturating_sub(1);
+        if self.populated_in(last, 0..1, &mut found).is_ok() {
+            self.pinned.store(found.get(0), Ordering::Relaxed);
+        }
+    }
+
+    /// Whether it was found to be pinned: then nothing is given back to the host, and no file can be mapped in its place.
+    pub fn is_pinned(&self) -> bool {
+        self.pinned.load(Ordering::Relaxed)
+    }
+
     /// The pages of a region that may hold something else than zeros, found without touching any. Where the host
-    /// does not tell, every page.
+    /// does not tell, every page. Those of absent blocks are left out.
     pub fn populated(&self, region: usize) -> Result<PageBitmap, Error> {
         let pages = self.region(region, 0, 0)?.pages();
         let mut found = PageBitmap::new(pages);
@@ -172,11 +207,14 @@ impl GuestRam {
     ) -> Result<(), Error> {
         let count = pages.end.saturating_sub(pages.start);
         let region = self.region(region, pages.start, count)?;
-        if count > 0
-            && populated::find(region.mapping(), self.pagemap.as_ref(), pages.clone(), into)
-                .is_err()
-        {
-            into.set_range(pages);
+        if count == 0 {
+            return Ok(());
+        }
+        for part in region.presence.parts(pages) {
+            let pagemap = self.pagemap.as_ref();
+            if populated::find(region.mapping(), pagemap, part.clone(), into).is_err() {
+                into.set_range(part);
+            }
         }
         Ok(())
     }
@@ -214,6 +252,10 @@ impl GuestRam {
     /// zeros afterwards. No dirty bit is set.
     pub fn discard(&self, region: usize, first_page: u64, pages: u64) -> Result<(), Error> {
         let whole = self.pages(region, first_page, pages)?;
+        if self.is_pinned() {
+            whole.fill_zero();
+            return Ok(());
+        }
         let mapping = self.region(region, first_page, pages)?.mapping();
         let unit = self.backing.page_size() / PAGE_SIZE;
         let end = first_page + pages;
@@ -293,6 +335,7 @@ fn map_region(range: RamRange, backing: Backing) -> Result<RamRegion, Error> {
         range,
         mapping: Some(mapping),
         view: Some(Arc::new(view)),
+        presence: Presence::default(),
     })
 }
 

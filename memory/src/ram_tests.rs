@@ -293,3 +293,57 @@ fn files_that_cannot_be_mapped_are_refused() {
             .is_err()
     );
 }
+
+#[test]
+fn nothing_is_found_in_blocks_that_are_absent() {
+    for backing in BACKINGS {
+        let ram = ram(16 * MIB, backing);
+        for page in [0, 600, 1500, 4095] {
+            ram.guest_memory()
+                .write_obj(1u8, GuestAddress(page * PAGE_SIZE))
+                .expect("in range");
+        }
+        let found = |ram: &GuestRam| {
+            let populated = ram.populated(0).expect("readable");
+            [0, 600, 1500, 4095].map(|page| populated.get(page))
+        };
+        assert_eq!(found(&ram), [true; 4], "{backing:?}");
+        ram.set_present(0, 512..2048, false);
+        assert_eq!(found(&ram), [true, false, false, true], "{backing:?}");
+        ram.set_present(0, 1024..1536, true);
+        assert_eq!(found(&ram), [true, false, true, true], "{backing:?}");
+        // It is still mapped.
+        let kept: u8 = ram
+            .guest_memory()
+            .read_obj(GuestAddress(600 * PAGE_SIZE))
+            .expect("in range");
+        assert_eq!(kept, 1);
+        // Of no region.
+        ram.set_present(1, 0..512, false);
+    }
+}
+
+#[test]
+fn pinned_memory_stays_in_its_place() {
+    for backing in BACKINGS {
+        let fresh = ram(8 * MIB, backing);
+        fresh.find_pinning();
+        assert!(!fresh.is_pinned(), "{backing:?}");
+        // What a driver does that pins it.
+        let pinned = ram(8 * MIB, backing);
+        pinned.pages(0, 0, 2048).expect("in range").fill_zero();
+        pinned.find_pinning();
+        assert!(pinned.is_pinned(), "{backing:?}");
+        let view = pinned.pages(0, 0, 2048).expect("in range");
+        view.write_from(&vec![7; 8 << 20]);
+        let before = resident(&pinned, 0);
+        pinned.discard(0, 0, 1024).expect("in range");
+        pinned.zero(0, 1024, 512).expect("in range");
+        assert_eq!(resident(&pinned, 0), before, "{backing:?}");
+        let runs: Vec<_> = view.zero_runs().map(|run| (run.pages, run.zero)).collect();
+        assert_eq!(runs, [(1536, true), (512, false)], "{backing:?}");
+        let file = tempfile::tempfile().expect("a file");
+        file.set_len(8 * MIB).expect("room");
+        assert!(pinned.map_file(0, file, 0).is_err());
+    }
+}

@@ -11,16 +11,16 @@ use std::path::{Path, PathBuf};
 use hypervisor::HypervisorKind;
 use serde::{Deserialize, Serialize};
 
-use memory::{Backing, PAGE_SIZE};
-
 mod absent;
 mod devices;
+mod memory;
 mod vhost;
 
 pub use devices::{
     BalloonConfig, DiskConfig, NetConfig, RateLimiterConfig, RngConfig, TokenBucketConfig,
     VsockConfig, urandom,
 };
+pub use memory::{HotplugMethod, MemoryConfig};
 pub use vhost::{FsConfig, VhostMode};
 
 /// A configuration that cannot be used: which field, why, and what to do.
@@ -221,26 +221,6 @@ pub struct TopologyConfig {
     pub packages: u16,
 }
 
-/// Guest RAM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MemoryConfig {
-    /// Size in bytes, a multiple of 4 KiB.
-    pub size: u64,
-    /// Backed by a memfd that another process could map. Slower to fill; off unless something needs it.
-    #[serde(default)]
-    pub shared: bool,
-    /// Backed by hugetlbfs pages, which the host must have set aside.
-    #[serde(default)]
-    pub hugepages: bool,
-    /// Size of those pages in bytes: 2 MiB (default) or 1 GiB.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub hugepage_size: Option<u64>,
-    /// Transparent huge pages are advised.
-    #[serde(default = "yes")]
-    pub thp: bool,
-}
-
 fn host_model() -> String {
     "host".to_owned()
 }
@@ -250,42 +230,15 @@ fn is_host_model(model: &str) -> bool {
     model == "host"
 }
 
+fn yes() -> bool {
+    true
+}
+
 /// Cloud Hypervisor's clients may write `null`.
 fn null_is_default<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Default>(
     deserializer: D,
 ) -> Result<T, D::Error> {
     Option::deserialize(deserializer).map(Option::unwrap_or_default)
-}
-
-fn yes() -> bool {
-    true
-}
-
-impl Default for MemoryConfig {
-    fn default() -> Self {
-        Self {
-            size: 512 << 20,
-            shared: false,
-            hugepages: false,
-            hugepage_size: None,
-            thp: true,
-        }
-    }
-}
-
-impl MemoryConfig {
-    /// How guest RAM is backed.
-    pub fn backing(&self) -> Backing {
-        if self.hugepages {
-            Backing::Hugetlbfs {
-                page_size: self.hugepage_size.unwrap_or(2 << 20),
-            }
-        } else if self.shared {
-            Backing::Memfd { thp: self.thp }
-        } else {
-            Backing::Anonymous { thp: self.thp }
-        }
-    }
 }
 
 /// What is booted.
@@ -465,6 +418,7 @@ impl VmConfig {
         if self.cpus.max_vcpus == 0 {
             self.cpus.max_vcpus = self.cpus.boot_vcpus;
         }
+        self.memory.normalise();
         self.normalise_devices();
     }
 
@@ -492,7 +446,7 @@ impl VmConfig {
                 ));
             }
         }
-        self.validate_memory()?;
+        self.memory.validate()?;
         if self.payload.kernel.is_none() {
             return Err(field(
                 "payload.kernel",
@@ -512,49 +466,6 @@ impl VmConfig {
             ));
         }
         Ok(())
-    }
-
-    fn validate_memory(&self) -> Result<(), ConfigError> {
-        let memory = &self.memory;
-        if memory.size == 0 {
-            return Err(field(
-                "memory.size",
-                "0 bytes",
-                "give the size in bytes, e.g. 1073741824",
-            ));
-        }
-        if !memory.size.is_multiple_of(PAGE_SIZE) {
-            return Err(field(
-                "memory.size",
-                format!("{} is not a multiple of 4096", memory.size),
-                "round it to whole pages",
-            ));
-        }
-        if memory.size < 16 << 20 {
-            return Err(field(
-                "memory.size",
-                format!("{} bytes are too few for any kernel", memory.size),
-                "use at least 16777216 (16 MiB); the unit is bytes",
-            ));
-        }
-        match (memory.hugepages, memory.hugepage_size) {
-            (false, Some(_)) => Err(field(
-                "memory.hugepage_size",
-                "given although memory.hugepages is false",
-                "set hugepages or leave hugepage_size out",
-            )),
-            (true, Some(size)) if size != 2 << 20 && size != 1 << 30 => Err(field(
-                "memory.hugepage_size",
-                format!("{size} bytes"),
-                "use 2097152 or 1073741824",
-            )),
-            (true, size) if !memory.size.is_multiple_of(size.unwrap_or(2 << 20)) => Err(field(
-                "memory.size",
-                format!("{} is not a multiple of the huge page size", memory.size),
-                "round it to whole huge pages",
-            )),
-            _ => Ok(()),
-        }
     }
 
     /// The kernel's path; validation has seen to it that there is one.

@@ -120,7 +120,7 @@ pub struct VmInfo {
     pub config: VmConfig,
     /// Where it is in its life.
     pub state: VmState,
-    /// Guest RAM in bytes.
+    /// Guest RAM in bytes: what it has, which is not what the config says if the guest has not plugged or unplugged all it was asked to.
     pub memory_actual_size: u64,
     /// False for a guest that has arrived with a kernel or initramfs that nobody at this host has named: if it resets, it stays off until
     /// `vm.payload` says what it boots from.
@@ -195,7 +195,7 @@ pub struct Resize {
     /// vCPUs: the first so many are to be there.
     #[serde(default)]
     pub desired_vcpus: Option<u32>,
-    /// RAM in bytes; only what there is, for there is no memory hotplug.
+    /// RAM in bytes: from `memory.size` to that and `memory.hotplug_size`. The guest does it, and may not get there.
     #[serde(default)]
     pub desired_ram: Option<u64>,
     /// Bytes that the guest gives back by its balloon.

@@ -19,7 +19,7 @@ use crate::virtio::pci::tests::{Events, Sent};
 use crate::virtio::pci::{VirtioPci, VirtioPciState};
 use crate::{
     AcpiPower, Balloon, BalloonOptions, BusDevice, Cmos, Console, CpuHotplug, EndpointConfig,
-    GuestMemorySize, I8042, Ioapic, Rng, Serial, Vsock,
+    GuestMemorySize, I8042, Ioapic, Rng, Serial, VirtioMem, Vsock,
 };
 
 /// A device and where a guest reaches it.
@@ -103,6 +103,16 @@ fn devices(folder: &std::path::Path) -> Vec<(&'static str, Made)> {
     let fs = VhostKind::Fs {
         tag: "share".to_owned(),
     };
+    let mem = |requested| {
+        let made = VirtioMem::new(ram.clone(), 0, requested).expect("a region");
+        made.begin();
+        // As a driver leaves it: one more than is requested, which it has not given back yet.
+        for block in [1, 2, 7] {
+            made.plug_for_tests(block);
+        }
+        made.set_requested_bytes(4 << 20);
+        Arc::new(made)
+    };
     let balloon = Balloon::new(ram.clone(), 4 << 20, BalloonOptions::default());
     vec![
         (
@@ -175,6 +185,7 @@ fn devices(folder: &std::path::Path) -> Vec<(&'static str, Made)> {
                 &ram,
             ),
         ),
+        ("virtio-mem-1", function(mem(6 << 20), &ram)),
         (
             "virtio-net-1",
             function(Arc::new(crate::net::testing::unconnected()), &ram),

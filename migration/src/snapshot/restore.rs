@@ -18,8 +18,8 @@ use crate::{DestinationMachine, Manifest, MoveControl, Phase, RunState};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Loading {
-    /// Mapped, and read when it is first used: at once, however large the guest is. Only private anonymous memory can do so; other
-    /// backings are read as by `Verified`.
+    /// Mapped, and read when it is first used: at once, however large the guest is. Only private anonymous memory that is not pinned can do
+    /// so; other memory is read as by `Verified`.
     #[default]
     Lazy,
     /// Read and checked before the guest runs, which then needs the files no more.
@@ -89,7 +89,7 @@ impl Snapshot {
         control: &MoveControl,
     ) -> Result<(Loading, u64), SnapshotError> {
         match (loading, ram.backing()) {
-            (Loading::Lazy, Backing::Anonymous { .. }) => {
+            (Loading::Lazy, Backing::Anonymous { .. }) if !ram.is_pinned() => {
                 map(ram, &self.memory, &self.memory_path)?;
                 Ok((Loading::Lazy, 0))
             }

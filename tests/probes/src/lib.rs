@@ -1,5 +1,6 @@
 //! Programs that run inside a Linux guest of the lab, each on its own: `features` (what the processor computes), `clocks` (what time it is),
-//! `writes` (what a disk keeps), `vsock` (connections to the host); and on its host: `passed` (opens a TAP for a program). They need nothing but a C library, and say what they
+//! `writes` (what a disk keeps), `fill` (what memory keeps), `vsock` (connections to the host); and on its host: `passed` (opens a TAP for a
+//! program). They need nothing but a C library, and say what they
 //! found in a file or on the console.
 
 use std::io;

@@ -119,14 +119,18 @@ enum CtlRequest {
         #[arg(long, conflicts_with = "kernel")]
         trust_source: bool,
     },
-    /// Change how many vCPUs there are, or what the guest gives back by its balloon.
+    /// Change how many vCPUs there are, how much memory the guest has, or gives back by its balloon. The guest does it: `info` and `counters` show
+    /// how far it is.
     #[command(group = clap::ArgGroup::new("sizes").required(true).multiple(true))]
     Resize {
         /// vCPUs. Those that come, the guest has to bring online; those that are to go, it lets go or does not: `info` shows it.
         #[arg(long, group = "sizes")]
         cpus: Option<u32>,
-        /// Bytes that the guest gives back, a multiple of 4096.
-        #[arg(long, group = "sizes")]
+        /// All of its memory, in bytes or as 512M, 4G: from what it boots with to that and `memory.hotplug_size`, in steps of 2 MiB.
+        #[arg(long, value_name = "SIZE", value_parser = size, group = "sizes")]
+        memory: Option<u64>,
+        /// Bytes that the guest gives back, a multiple of 4096; also as 512M, 4G.
+        #[arg(long, value_name = "SIZE", value_parser = size, group = "sizes")]
         balloon: Option<u64>,
     },
     /// Grow the image of a disk, and tell the guest.
@@ -187,6 +191,22 @@ impl From<Outcome> for Settlement {
             Outcome::RunsThere => Self::RunsThere,
         }
     }
+}
+
+/// A number of bytes, or of units of 1024, 1024², 1024³ or 1024⁴ of them.
+fn size(text: &str) -> Result<u64, String> {
+    let (number, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        Some((at, 'T' | 't')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    number
+        .parse()
+        .ok()
+        .and_then(|number: u64| number.checked_mul(1 << shift))
+        .ok_or_else(|| "write bytes, or a number with K, M, G or T".to_owned())
 }
 
 /// `vmm ctl`.
@@ -266,8 +286,14 @@ fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, Cl
             });
             client.put_json("vm.payload", body.to_string().into_bytes())
         }
-        CtlRequest::Resize { cpus, balloon } => {
-            let body = json!({ "desired_vcpus": cpus, "desired_balloon": balloon });
+        CtlRequest::Resize {
+            cpus,
+            memory,
+            balloon,
+        } => {
+            let body = json!({
+                "desired_vcpus": cpus, "desired_ram": memory, "desired_balloon": balloon,
+            });
             client.put_json("vm.resize", body.to_string().into_bytes())
         }
         CtlRequest::ResizeDisk { id, size } => {
@@ -288,4 +314,26 @@ fn ask(client: &Client, request: &CtlRequest) -> anyhow::Result<Result<Value, Cl
         }
         CtlRequest::VmmShutdown => client.put("vmm.shutdown"),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("3k", 3072),
+            ("512M", 512 << 20),
+            ("4G", 4 << 30),
+            ("16T", 16 << 40),
+        ] {
+            assert_eq!(size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "G", "4X", "-1", "1.5G", "16777216T", "4 G", "4Gé"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
 }

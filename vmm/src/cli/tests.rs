@@ -97,6 +97,11 @@ fn refused() {
             "resume_here, runs_there",
         ),
         ("ctl --api-socket a job first", "<ID>"),
+        ("ctl --api-socket a resize", "--memory"),
+        (
+            "ctl --api-socket a resize --memory 1.5G",
+            "write bytes, or a number with K, M, G or T",
+        ),
         (
             "--log-level loud serve --api-socket a",
             "use off, error, warn, info, debug or trace",

@@ -24,9 +24,6 @@ const KNOWN: &[&str] = &[
     "iommu",
     "landlock_enable",
     "landlock_rules",
-    "memory.hotplug_method",
-    "memory.hotplug_size",
-    "memory.hotplugged_size",
     "memory.mergeable",
     "memory.prefault",
     "memory.reserve",
@@ -71,7 +68,7 @@ pub(super) fn strip(config: &mut Value) -> Result<(), ConfigError> {
                     .collect()
             }
         };
-        if removed.iter().any(|value| !asks_for_nothing(path, value)) {
+        if removed.iter().any(|value| !asks_for_nothing(value)) {
             return Err(field(
                 path,
                 "asks for a feature that this version does not have",
@@ -82,14 +79,13 @@ pub(super) fn strip(config: &mut Value) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn asks_for_nothing(path: &str, value: &Value) -> bool {
+fn asks_for_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Bool(true) => false,
         Value::Number(number) => number.as_u64() == Some(0),
-        // The method alone, without a size to plug, has no effect; Cloud Hypervisor always writes it.
-        Value::String(text) => text.is_empty() || path == "memory.hotplug_method",
+        Value::String(text) => text.is_empty(),
         Value::Array(items) => items.is_empty(),
-        Value::Object(items) => items.values().all(|value| asks_for_nothing(path, value)),
+        Value::Object(items) => items.values().all(asks_for_nothing),
     }
 }

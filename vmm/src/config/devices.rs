@@ -1,7 +1,7 @@
 //! The devices of a config that a guest finds on the PCI bus.
 //!
 //! ```text
-//!   rng, balloon, console, vsock, disks, net  ──normalise──► every one has an id  ──► slots in this order, the same on every host
+//!   rng, balloon, console, vsock, memory, disks, net  ──normalise──► every one has an id  ──► slots in this order, the same on every host
 //! ```
 
 use std::collections::BTreeSet;
@@ -16,8 +16,9 @@ use super::{ConfigError, VhostMode, VmConfig, field};
 /// Most descriptors of a queue (section 2.7 of the virtio specification).
 const MAX_QUEUE_SIZE: u16 = 32768;
 /// Names of what every machine has: of devices, of their saved states, of groups of counters.
-const RESERVED_IDS: [&str; 14] = [
+const RESERVED_IDS: [&str; 15] = [
     "rng",
+    "mem",
     "balloon",
     "console",
     "vsock",

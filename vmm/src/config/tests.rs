@@ -2,6 +2,8 @@
 
 use serde_json::{Value, json};
 
+use ::memory::Backing;
+
 use super::*;
 
 /// The smallest config, with these keys over it.
@@ -171,10 +173,6 @@ fn features_that_do_not_exist_are_refused_by_name() {
         ),
         ("pvmemcontrol", json!({"pvmemcontrol": true})),
         ("platform", json!({"platform": {"num_pci_segments": 2}})),
-        (
-            "memory.hotplug_size",
-            json!({"memory": {"size": 1 << 30, "hotplug_size": 1 << 30}}),
-        ),
         (
             "memory.prefault",
             json!({"memory": {"size": 1 << 30, "prefault": true}}),

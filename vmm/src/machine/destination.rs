@@ -107,7 +107,7 @@ impl MovingIn {
         Instance::build(plan, self.machine, &self.events).map_err(|error| {
             let kind = match &error {
                 BuildError::Config(_) => RefusalKind::Config,
-                BuildError::Memory(_) => RefusalKind::Memory,
+                BuildError::Memory(_) | BuildError::Addresses { .. } => RefusalKind::Memory,
                 BuildError::NotGiven { .. } => RefusalKind::Cpu,
                 BuildError::Hypervisor(_) => RefusalKind::Hypervisor,
                 _ => RefusalKind::Device,

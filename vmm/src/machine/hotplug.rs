@@ -174,19 +174,15 @@ impl Owner {
 
     pub(super) fn resize(&mut self, wanted: Resize) -> Reply {
         let vm = self.vm_in(&CHANGEABLE, "resize")?;
-        let ram = vm.config.memory.size;
-        if wanted.desired_ram.is_some_and(|asked| asked != ram) {
-            return Err(ServiceError::new(
-                ErrorKind::BadRequest,
-                format!("desired_ram: this version cannot change it (it is {ram}); leave it out"),
-            ));
-        }
         let mut config = vm.config.clone();
         // Without hotplug it may be asked for what it has.
         if let Some(vcpus) = wanted.desired_vcpus
             && (config.cpus.hotplug() || vcpus != config.cpus.boot_vcpus)
         {
             config.cpus.desired_vcpus = Some(vcpus);
+        }
+        if let Some(bytes) = wanted.desired_ram {
+            config.memory.want(bytes).map_err(bad_request)?;
         }
         if let Some(size) = wanted.desired_balloon {
             match &mut config.balloon {
@@ -206,6 +202,9 @@ impl Owner {
             }
             if let Some(vcpus) = wanted.desired_vcpus {
                 instance.resize_vcpus(vcpus);
+            }
+            if let Some(added) = instance.virtio_mem() {
+                added.set_requested_bytes(config.memory.hotplugged_size.unwrap_or(0));
             }
         }
         set_config(vm, config);

@@ -14,6 +14,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ::memory::{GuestRam, RamRange};
 use arch::x86_64::acpi;
 use arch::x86_64::boot::{self, BootError, BootSources};
 use arch::x86_64::cpu_model::{CpuModel, Unavailable};
@@ -23,12 +24,10 @@ use arch::x86_64::layout;
 use arch::x86_64::msr;
 use arch::x86_64::state::Bytes;
 use arch::x86_64::topology::{Topology, TopologyError};
-use devices::Watchdog;
 use devices::block::DiskError;
 use devices::vhost_user::VhostUser;
-use devices::{CpuHotplug, CpuHotplugStatus};
+use devices::{CpuHotplug, CpuHotplugStatus, VirtioMem, Watchdog};
 use hypervisor::{Hypervisor, HypervisorKind, MemorySlot, Vcpu, Vm, VmOptions};
-use memory::{GuestRam, RamRange};
 use migration::{AcceptedFeatures, CpuContract, DeviceState, MachineState, Manifest, RunState};
 
 use super::Event;
@@ -37,6 +36,7 @@ use super::demand::Demands;
 use super::devices::{DeviceError, DeviceSet};
 use super::ends;
 use super::gate::Gate;
+use super::memory;
 use super::vcpus::VcpuSet;
 use crate::config::{ConfigError, DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig};
 
@@ -64,7 +64,17 @@ pub(crate) enum BuildError {
     Boot(#[from] BootError),
     /// Guest RAM cannot be had.
     #[error("memory: {0}")]
-    Memory(#[from] memory::Error),
+    Memory(#[from] ::memory::Error),
+    /// The guest's processor cannot reach all of its memory.
+    #[error(
+        "memory: it ends at guest address {end:#x}, but the guest's processor has only {bits} address bits; make memory.size or memory.hotplug_size smaller"
+    )]
+    Addresses {
+        /// Where it ends.
+        end: u64,
+        /// What the processor has.
+        bits: u32,
+    },
     /// The hypervisor refused.
     #[error(transparent)]
     Hypervisor(#[from] hypervisor::Error),
@@ -106,6 +116,7 @@ impl BuildError {
                 | Self::Open { .. }
                 | Self::Boot(_)
                 | Self::Memory(_)
+                | Self::Addresses { .. }
         )
     }
 }
@@ -138,8 +149,8 @@ impl Plan {
         }
     }
 
-    pub(super) fn ram_ranges(&self) -> Result<Vec<RamRange>, memory::Error> {
-        memory::layout::ram_ranges(self.config.memory.size)
+    pub(super) fn ram_ranges(&self) -> Result<Vec<RamRange>, ::memory::Error> {
+        self.config.memory.ranges()
     }
 
     fn topology(&self) -> Result<Topology, TopologyError> {
@@ -269,6 +280,7 @@ impl Instance {
                 (new_contract(&*hypervisor, &model)?, Some(model))
             }
         };
+        memory::check_addresses(&contract.cpuid, &ranges)?;
         let vm = hypervisor.create_vm(&VmOptions {
             ioapic_pins: layout::IOAPIC_PINS,
             hyperv: has_hyperv(&contract.cpuid),
@@ -276,23 +288,7 @@ impl Instance {
                 .apic_timer_hz
                 .or(hypervisor.apic_timer()?.map(|timer| timer.hz)),
         })?;
-        let slots: Vec<MemorySlot> = ram
-            .regions()
-            .iter()
-            .zip(0..)
-            .map(|(region, slot)| MemorySlot {
-                slot,
-                gpa: region.gpa(),
-                len: region.len(),
-                hva: region.hva(),
-                read_only: false,
-            })
-            .collect();
-        for &slot in &slots {
-            // SAFETY: the mapping belongs to `ram`, which `Instance` drops after the VM and its vCPUs, and which hands out
-            // no Rust reference to guest memory.
-            unsafe { vm.map_memory(slot)? };
-        }
+        let slots = memory::map(&vm, &ram, hypervisor.kind())?;
         let demands = Arc::new(Demands::new(number, events.clone()));
         let cpus = &plan.config.cpus;
         let gate = Arc::new(Gate::new(cpus.desired(), cpus.max_vcpus));
@@ -365,7 +361,7 @@ impl Instance {
             .as_deref()
             .map(|path| open("initramfs", path))
             .transpose()?;
-        let memory = self.ram.guest_memory();
+        let guest_memory = self.ram.guest_memory();
         let tables = acpi::build(&acpi::AcpiConfig {
             vcpus: config.cpus.desired(),
             max_vcpus: config.cpus.max_vcpus,
@@ -378,15 +374,13 @@ impl Instance {
             pvpanic: config.pvpanic,
             watchdog: config.watchdog,
         })?;
-        tables.write_to(memory)?;
-        let ranges: Vec<(u64, u64)> = self
-            .ram
-            .regions()
-            .iter()
-            .map(|region| (region.gpa(), region.len()))
-            .collect();
+        tables.write_to(guest_memory)?;
+        if let Some(memory) = self.virtio_mem() {
+            memory.begin();
+        }
+        let ranges = memory::at_boot(&config.memory, &self.ram);
         let plan = boot::load(
-            memory,
+            guest_memory,
             BootSources {
                 kernel: &mut kernel,
                 initramfs: initramfs.as_mut(),
@@ -507,6 +501,11 @@ impl Instance {
         self.devices.pci().set_balloon(bytes);
     }
 
+    /// What adds memory, if the config has that.
+    pub(super) fn virtio_mem(&self) -> Option<Arc<VirtioMem>> {
+        self.devices.pci().virtio_mem()
+    }
+
     /// None if there is no such disk.
     pub(super) fn resize_disk(&self, id: &str, bytes: u64) -> Option<Result<(), DiskError>> {
         let disk = self
@@ -548,9 +547,12 @@ impl Instance {
         })
     }
 
-    /// Tells the network that the guest is here now.
+    /// Tells the network that the guest is here now, and its driver of memory that it can go on.
     pub(super) fn announce(&self) {
         ends::announce(self.devices.pci().nets(), self.vhost());
+        if let Some(memory) = self.virtio_mem() {
+            memory.nudge();
+        }
     }
 
     /// Fills in what was decided at run time.

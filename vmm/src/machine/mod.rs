@@ -29,6 +29,7 @@ mod ends;
 mod gate;
 mod hotplug;
 mod instance;
+mod memory;
 mod moves;
 mod owner;
 mod pci;

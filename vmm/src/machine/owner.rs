@@ -307,7 +307,13 @@ impl Owner {
             instance.fill_in(&mut config);
         }
         Ok(Response::Info(Box::new(VmInfo {
-            memory_actual_size: config.memory.size,
+            memory_actual_size: match &vm.instance {
+                Some(instance) => {
+                    let added = instance.virtio_mem();
+                    config.memory.size + added.map_or(0, |added| added.plugged_bytes())
+                }
+                None => config.memory.wanted(),
+            },
             state: vm.state,
             hypervisor: vm.instance.as_ref().map(|i| i.hypervisor_name().to_owned()),
             vcpus: vm.vcpu_info(),

@@ -1,7 +1,7 @@
 //! The devices on the PCI bus: made from the config, each behind its function.
 //!
 //! ```text
-//!   VmConfig ── rng, balloon, console, vsock, disks, net, fs ──► VirtioDevice ──► VirtioPci ──► its slot of PciBus, or the next free one
+//!   VmConfig ── rng, balloon, console, vsock, memory, disks, net, fs ──► VirtioDevice ──► VirtioPci ──► its slot of PciBus, or the next free one
 //!   add ──► the same, then PciHotplug tells the guest
 //!   ask_to_remove ──► PciHotplug asks the guest ──► it ejects (on a vCPU thread) ──► the device ends, Event::Ejected ──► the config
 //! ```
@@ -23,7 +23,7 @@ use devices::vhost_user::VhostUser;
 use devices::virtio::VirtioDevice;
 use devices::virtio::pci::{IoEvents, VirtioPci};
 use devices::vsock::Vsock;
-use devices::{AcpiPower, Bus, Console, MsiSink};
+use devices::{AcpiPower, Bus, Console, MsiSink, VirtioMem};
 use hypervisor::{IoEventAddress, IoEventMatch, Vm};
 use memory::GuestRam;
 use migration::AcceptedFeatures;
@@ -32,6 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::demand::Demands;
 use super::devices::DeviceError;
 use super::ends;
+use super::memory::hotplug_region;
 use crate::config::{DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig, urandom};
 
 /// What a device is, for those who need more of it than the bus does.
@@ -44,6 +45,7 @@ pub(super) enum Device {
     Console(Arc<Console>),
     Vsock(Arc<Vsock>),
     Vhost(Arc<VhostUser>),
+    Memory(Arc<VirtioMem>),
 }
 
 impl Device {
@@ -56,6 +58,7 @@ impl Device {
             Self::Console(device) => device.clone(),
             Self::Vsock(device) => device.clone(),
             Self::Vhost(device) => device.clone(),
+            Self::Memory(device) => device.clone(),
         }
     }
 
@@ -89,6 +92,7 @@ impl Device {
                 all
             }
             Self::Vhost(device) => vec![("connected", u64::from(device.is_connected()))],
+            Self::Memory(memory) => memory.counters(),
             Self::Disk(disk) => disk.counters(),
             Self::Net(net) => net.counters(),
         }
@@ -193,6 +197,13 @@ impl PciSet {
         if let Some(end) = super::devices::end(&config.console)? {
             let console = Console::new(end, None).map_err(|error| refused("console", error))?;
             set.put("console", None, Device::Console(Arc::new(console)))?;
+        }
+        if let Some(region) = hotplug_region(&config.memory, &set.around.ram) {
+            let ram = Arc::clone(&set.around.ram);
+            let added = config.memory.hotplugged_size.unwrap_or(0);
+            let memory =
+                VirtioMem::new(ram, region, added).map_err(|error| refused("mem", error))?;
+            set.put("mem", None, Device::Memory(Arc::new(memory)))?;
         }
         // Those whose slots are known first, so that no other takes them.
         let mut disks: Vec<&mut DiskConfig> = config.disks.iter_mut().collect();
@@ -429,6 +440,14 @@ impl PciSet {
     pub(super) fn console_pty(&self) -> Option<PathBuf> {
         match self.find("console")?.device {
             Device::Console(console) => console.pty_path().map(Path::to_owned),
+            _ => None,
+        }
+    }
+
+    /// What adds memory.
+    pub(super) fn virtio_mem(&self) -> Option<Arc<VirtioMem>> {
+        match self.find("mem")?.device {
+            Device::Memory(memory) => Some(memory),
             _ => None,
         }
     }

@@ -40,6 +40,10 @@ impl SourceMachine for MovingOut {
 
     fn start_dirty_tracking(&mut self) -> Result<(), MachineError> {
         self.tracking = true;
+        // Memory does not come or go while it is copied.
+        if let Some(added) = self.instance.virtio_mem() {
+            added.hold(true);
+        }
         self.instance.write_back_disks();
         // What the loader and devices have written up to now is sent in the first round, like everything else.
         for (index, region) in self.instance.ram().regions().iter().enumerate() {
@@ -65,6 +69,9 @@ impl SourceMachine for MovingOut {
         }
         for (_, device) in self.instance.vhost() {
             device.stop_logging();
+        }
+        if let Some(added) = self.instance.virtio_mem() {
+            added.hold(false);
         }
         for slot in self.instance.memory_slots() {
             if let Err(error) = self.instance.vm().stop_dirty_log(slot) {

@@ -5,6 +5,7 @@
 mod cpu;
 mod devices;
 mod hangs;
+mod memory;
 mod selftest;
 mod stock;
 mod vcpus;
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
         .chain(devices::trials())
         .chain(vhost::trials())
         .chain(vcpus::trials())
+        .chain(memory::trials())
         .collect();
     let conclusion = libtest_mimic::run(&args, trials);
     let retries = lab::retries();
