@@ -110,6 +110,31 @@ fn a_packet_waits_for_the_buffers_it_lacks() {
 }
 
 #[test]
+fn a_flood_that_uses_up_the_buffers_does_not_end_the_reception() {
+    let (shared, other) = shared(0);
+    let mut driver = Driver::new(0);
+    driver.event_idx = true;
+    let mut queue = driver.queue();
+    let mut rx = Rx::new(shared, 0, false, None);
+    for _ in 0..Driver::SIZE {
+        driver.offer(&[], &[1536]);
+    }
+    driver.kick.read().expect("the first one");
+    // As many packets as are taken in one go, and as buffers: none is left when it ends.
+    for round in 0..Driver::SIZE {
+        other.send(&packet(round as u8, 100)).expect("room");
+    }
+    rx.process(&mut queue).expect("a ring");
+    for _ in 0..Driver::SIZE {
+        assert!(driver.used().is_some());
+    }
+    assert!(
+        driver.kick.read().is_ok() || rx.sources().len() == 2 || rx.timeout().is_some(),
+        "nothing wakes the thread"
+    );
+}
+
+#[test]
 fn a_packet_without_enough_buffers_is_dropped_in_the_end() {
     let (net, others, _) = device(1, LARGE);
     let mut rx = started(&net, 0);

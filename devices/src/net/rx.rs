@@ -121,6 +121,8 @@ impl Rx {
                 Read::Nothing => return Ok(()),
             }
         }
+        // There may be more, also when the buffers that were taken are all used: come back after a look at whether to stop.
+        queue.kick().write(1)?;
         Ok(())
     }
 
