@@ -16,6 +16,10 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
+/// Descriptors of a chain at most, where the queue is shorter. A driver must not make a chain longer than its queue (section 2.7.5.3.1), but
+/// with indirect tables some do, and get along with devices that take this many.
+const LONGEST: u16 = 8192;
+
 /// Bytes of a descriptor, of an element of the used ring, and of the flags and index before the elements of either ring.
 const DESCRIPTOR: usize = 16;
 const USED_ELEMENT: usize = 8;
@@ -174,7 +178,7 @@ impl Rings {
                 }
                 indirect = true;
                 table = self.indirect(&descriptor).ok_or_else(broken)?;
-                (index, left) = (0, table.len);
+                (index, left) = (0, table.len.min(self.size.max(LONGEST)));
                 continue;
             }
             let into = if descriptor.flags & WRITE != 0 {
@@ -312,6 +316,26 @@ mod tests {
                 "{gpa:#x} {len:#x}"
             );
         }
+    }
+
+    #[test]
+    fn a_table_is_read_only_as_far_as_a_chain_may_be_long() {
+        let mut driver = Driver::new(0);
+        let rings = rings(&driver);
+        let table = driver.buffer(16 * (u32::from(LONGEST) + 8));
+        let parts = |count: u16| {
+            for at in 0..count {
+                let flags = u64::from(if at + 1 < count { NEXT } else { 0 });
+                let rest = 8 | flags << 32 | u64::from(at + 1) << 48;
+                let bytes = [0x20_0000_u64.to_le_bytes(), rest.to_le_bytes()].concat();
+                let place = GuestAddress(table + u64::from(at) * 16);
+                driver.memory().write_slice(&bytes, place).expect("RAM");
+            }
+            driver.descriptor(0, table, u32::from(count) * 16, INDIRECT, 0);
+            rings.chain(0).map(|(readable, _)| readable.parts().len())
+        };
+        assert_eq!(parts(LONGEST).ok(), Some(usize::from(LONGEST)));
+        assert!(matches!(parts(LONGEST + 1), Err(QueueError::Chain(0))));
     }
 
     #[test]
