@@ -1,7 +1,8 @@
 //! Which pages may hold something, found without touching them.
 //!
 //! ```text
-//!   anonymous, hugetlbfs ──► /proc/self/pagemap: present or swapped
+//!   anonymous ─────────────► /proc/self/pagemap: present or swapped
+//!   hugetlbfs ─────────────► the same; every page if the file holds more than that: another process has filled some
 //!   private file mapping ──► the same, and SEEK_DATA on the file: what nobody has used yet is only there
 //!   memfd                ──► SEEK_DATA / SEEK_HOLE on the file (its pages need not be in our page tables)
 //!   neither readable     ──► every page
@@ -43,6 +44,11 @@ pub(crate) fn find(
                 // Parts that were given back since are found too; they only cost a look.
                 from_file(origin.file.as_fd(), origin.offset, pages.clone(), into)?;
             }
+            if let (Backing::Hugetlbfs { page_size }, Some(file)) =
+                (mapping.backing(), mapping.file())
+            {
+                only_ours(mapping, pagemap, file, page_size)?;
+            }
             from_pagemap(mapping, pagemap, pages, into)
         }
     }
@@ -78,6 +84,29 @@ fn from_pagemap(
             }
         }
         page += count as u64;
+    }
+    Ok(())
+}
+
+/// An error if the file has huge pages that are not in our page tables: what a back end in another process was first to write.
+fn only_ours(
+    mapping: &Mapping,
+    pagemap: &File,
+    file: BorrowedFd<'_>,
+    page_size: u64,
+) -> io::Result<()> {
+    // In units of 512 bytes, whatever the size of a block (stat(2)).
+    let held =
+        u64::try_from(rustix::fs::fstat(file)?.st_blocks).unwrap_or(u64::MAX) / (page_size / 512);
+    let base_page = mapping.base().as_ptr().addr() as u64 / PAGE_SIZE;
+    let mut ours = 0;
+    for page in (0..mapping.len() as u64 / PAGE_SIZE).step_by((page_size / PAGE_SIZE) as usize) {
+        let mut entry = [0; 8];
+        pagemap.read_exact_at(&mut entry, (base_page + page) * 8)?;
+        ours += u64::from(u64::from_ne_bytes(entry) & (PRESENT | SWAPPED) != 0);
+    }
+    if held > ours {
+        return Err(io::Error::other("another process has filled some pages"));
     }
     Ok(())
 }

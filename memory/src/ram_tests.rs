@@ -1,7 +1,9 @@
 //! Tests of guest RAM.
 
+use std::path::Path;
+
 use proptest::prelude::*;
-use vm_memory::{Bytes, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::*;
 use crate::layout::ram_ranges;
@@ -346,4 +348,46 @@ fn pinned_memory_stays_in_its_place() {
         file.set_len(8 * MIB).expect("room");
         assert!(pinned.map_file(0, file, 0).is_err());
     }
+}
+
+/// A back end of vhost-user has the file too, and may be the first to write a page.
+#[test]
+fn huge_pages_that_another_process_has_filled_are_found() {
+    const PAGE: u64 = 2 << 20;
+    let pool = Path::new("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages");
+    let before = std::fs::read_to_string(pool).unwrap_or_default();
+    if std::fs::write(pool, "8").is_err() {
+        eprintln!("SKIP: huge pages cannot be reserved here");
+        return;
+    }
+    let ranges = [RamRange {
+        gpa: 0,
+        len: 4 * PAGE,
+    }];
+    let found = GuestRam::new(&ranges, Backing::Hugetlbfs { page_size: PAGE }).map(|ram| {
+        ram.guest_memory()
+            .write_obj(1u8, GuestAddress(0))
+            .expect("RAM");
+        let ours = ram.populated(0).expect("a region");
+        let file = ram.regions()[0].file().expect("a file");
+        // SAFETY: a new mapping, unmapped below; the guest's memory is never seen as a reference.
+        unsafe {
+            let other = rustix::mm::mmap(
+                std::ptr::null_mut(),
+                PAGE as usize,
+                rustix::mm::ProtFlags::READ | rustix::mm::ProtFlags::WRITE,
+                rustix::mm::MapFlags::SHARED,
+                file,
+                2 * PAGE,
+            )
+            .expect("a mapping");
+            other.cast::<u8>().write_volatile(7);
+            rustix::mm::munmap(other, PAGE as usize).expect("a mapping");
+        }
+        (ours, ram.populated(0).expect("a region"))
+    });
+    std::fs::write(pool, before.trim()).expect("the pool as it was");
+    let (ours, all) = found.expect("memory");
+    assert_eq!(ours.runs().collect::<Vec<_>>(), [(0, 512)]);
+    assert!(all.get(2 * PAGE / PAGE_SIZE), "the other's page is missing");
 }
