@@ -254,6 +254,10 @@ pub struct PayloadConfig {
     /// Initial RAM file system.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initramfs: Option<PathBuf>,
+    /// Only a host that was not trusted has named these files: nobody here opens them until the operator names them (`vm.payload`). Set at
+    /// an arrival, and kept in snapshots and moves, whoever is trusted there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub untold: bool,
 }
 
 /// Where a serial port or console leads.

@@ -253,6 +253,8 @@ impl Ends {
     /// A guest that resets itself is booted again from these: the reason why it is not, if they are the source's choice.
     fn payload(&self, payload: &mut PayloadConfig) -> Option<String> {
         let mut untold = Vec::new();
+        // Who trusts the source trusts what its operator has named.
+        let trusted = self.trust_source && !payload.untold;
         let parts = [
             ("kernel", &mut payload.kernel, &self.kernel),
             ("initramfs", &mut payload.initramfs, &self.initramfs),
@@ -260,10 +262,11 @@ impl Ends {
         for (what, place, told) in parts {
             match told {
                 Some(path) => *place = Some(path.clone()),
-                None if self.trust_source || place.is_none() => {}
+                None if trusted || place.is_none() => {}
                 None => untold.push(what),
             }
         }
+        payload.untold = !untold.is_empty();
         if untold.is_empty() {
             return None;
         }
@@ -379,20 +382,29 @@ mod tests {
         let (mut ends, mut there) = (Ends::default(), arriving(config));
         let why = ends.apply(&mut there).expect("it arrives").expect("untold");
         assert!(why.contains("kernel and initramfs"), "{why}");
-        assert_eq!(there, arriving(config), "the next host may trust them");
+        assert!(there.payload.untold);
+        let trusting = Ends {
+            trust_source: true,
+            ..Ends::default()
+        };
+        let mut further = there.clone();
+        let why = trusting.apply(&mut further).expect("it arrives");
+        assert!(
+            why.is_some(),
+            "trust in the host before does not make them told"
+        );
+        let saved = serde_json::to_vec(&there).expect("JSON");
+        assert_eq!(VmConfig::from_peer(&saved).expect("a config"), there);
         ends.kernel = here();
         let why = ends.apply(&mut there).expect("it arrives").expect("untold");
         assert!(why.contains("its initramfs;"), "{why}");
         ends.initramfs = here();
         assert_eq!(ends.apply(&mut there), Ok(None));
+        assert!(!there.payload.untold);
         assert_eq!(
             (there.payload.kernel, there.payload.initramfs),
             (here(), here())
         );
-        let trusting = Ends {
-            trust_source: true,
-            ..Ends::default()
-        };
         assert_eq!(trusting.apply(&mut arriving(config)), Ok(None));
         ends.kernel = Some("/does/not/exist".into());
         let refused = ends.apply(&mut arriving(config)).expect_err("no such file");

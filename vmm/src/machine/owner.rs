@@ -256,6 +256,7 @@ impl Owner {
                 ));
             }
         }
+        config.payload.untold = false;
         set_config(vm, config);
         vm.untold_boot = None;
         Ok(Response::Done)
