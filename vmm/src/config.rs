@@ -6,7 +6,7 @@
 //! keeps working; a value that asks for the feature is refused by name.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use hypervisor::HypervisorKind;
 use serde::{Deserialize, Serialize};
@@ -59,7 +59,8 @@ pub struct VmConfig {
     /// Guest RAM.
     #[serde(default)]
     pub memory: MemoryConfig,
-    /// What is booted.
+    /// What is booted: without a kernel, what is found on the disks.
+    #[serde(default, deserialize_with = "null_is_default")]
     pub payload: PayloadConfig,
     /// The first serial port.
     #[serde(default)]
@@ -245,10 +246,10 @@ fn null_is_default<'de, D: serde::Deserializer<'de>, T: Deserialize<'de> + Defau
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PayloadConfig {
-    /// Kernel image: an ELF with a PVH note, or a bzImage.
+    /// Kernel image: an ELF with a PVH note, or a bzImage. None: one that is found on the disks, at every boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kernel: Option<PathBuf>,
-    /// Kernel command line.
+    /// Kernel command line. It replaces the one that is found on a disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
     /// Initial RAM file system.
@@ -398,7 +399,11 @@ impl VmConfig {
     /// Parses and checks the config of a machine that moves in. Which model its processor was made from need not be known here: it brings
     /// its contract.
     pub fn from_peer(json: &[u8]) -> Result<Self, ConfigError> {
-        let mut json = crate::json::parse(json).map_err(ConfigError::Json)?;
+        let mut json: serde_json::Value = crate::json::parse(json).map_err(ConfigError::Json)?;
+        if !json.is_object() {
+            // Of a sequence an empty config could be made.
+            return Err(ConfigError::Json("it must be an object: { … }".to_owned()));
+        }
         absent::strip(&mut json)?;
         let mut config: Self = crate::json::from_value(json).map_err(ConfigError::Json)?;
         config.normalise();
@@ -452,11 +457,20 @@ impl VmConfig {
         }
         self.memory.validate()?;
         if self.payload.kernel.is_none() {
-            return Err(field(
-                "payload.kernel",
-                "missing",
-                "name an ELF kernel with a PVH note or a bzImage",
-            ));
+            if self.payload.initramfs.is_some() {
+                return Err(field(
+                    "payload.initramfs",
+                    "given without a kernel",
+                    "name the kernel, too, or leave both to what is found on the disks",
+                ));
+            }
+            if self.local_disks().next().is_none() {
+                return Err(field(
+                    "payload.kernel",
+                    "missing, and there is no disk with one",
+                    "name an ELF kernel with a PVH note or a bzImage, or a disk to boot from",
+                ));
+            }
         }
         self.serial.validate(&SERIAL)?;
         self.console.validate(&CONSOLE)?;
@@ -472,12 +486,16 @@ impl VmConfig {
         Ok(())
     }
 
-    /// The kernel's path; validation has seen to it that there is one.
-    pub fn kernel(&self) -> Result<&Path, ConfigError> {
-        self.payload
-            .kernel
-            .as_deref()
-            .ok_or_else(|| field("payload.kernel", "missing", "name a kernel image"))
+    /// The disks that this process reads itself.
+    fn local_disks(&self) -> impl Iterator<Item = &DiskConfig> {
+        self.disks.iter().filter(|disk| !disk.vhost_user)
+    }
+
+    /// Where a kernel is looked for: ids and paths.
+    pub(crate) fn boot_disks(&self) -> Vec<(String, PathBuf)> {
+        self.local_disks()
+            .map(|disk| (disk.id.clone().unwrap_or_default(), disk.path.clone()))
+            .collect()
     }
 }
 

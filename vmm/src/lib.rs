@@ -10,6 +10,7 @@
 //! not panic, and that a failed operation leaves the guest as it was.
 
 pub mod api;
+pub mod boot;
 pub mod cli;
 pub mod client;
 pub mod config;

@@ -125,6 +125,9 @@ pub struct VmInfo {
     /// False for a guest that has arrived with a kernel or initramfs that nobody at this host has named: if it resets, it stays off until
     /// `vm.payload` says what it boots from.
     pub bootable: bool,
+    /// The kernel that was found on a disk and booted, if none is named. Unknown after a move, until the guest resets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub booted: Option<crate::boot::Booted>,
     /// The hypervisor that runs it, once it has been built.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hypervisor: Option<String>,

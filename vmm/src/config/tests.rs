@@ -1,5 +1,7 @@
 //! What a config may say, and what it is told if it says something else.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
 use ::memory::Backing;
@@ -42,7 +44,7 @@ fn defaults_are_those_of_cloud_hypervisor() {
     assert_eq!(config.serial.mode, SerialMode::Null);
     assert_eq!(config.console.mode, SerialMode::Off);
     assert_eq!(config.hypervisor, None);
-    assert_eq!(config.kernel(), Ok(Path::new("vmlinux")));
+    assert_eq!(config.payload.kernel.as_deref(), Some(Path::new("vmlinux")));
 }
 
 #[test]
@@ -328,8 +330,13 @@ fn bad_values_name_the_field_and_the_fix() {
         ),
         (
             "payload.kernel",
-            "name an ELF kernel",
+            "a disk to boot from",
             json!({"payload": {"kernel": null}}),
+        ),
+        (
+            "payload.initramfs",
+            "name the kernel, too",
+            json!({"payload": {"kernel": null, "initramfs": "i"}, "disks": [{"path": "d"}]}),
         ),
         (
             "serial.file",
@@ -488,7 +495,7 @@ fn texts_that_are_no_config() {
     let deep = "[".repeat(100_000);
     let twice = r#"{"payload": {"kernel": "a"}} {}"#;
     for text in [
-        "", " ", "{", "[]", "null", "7", "\"x\"", "{}", "\u{0}", twice, &deep,
+        "", " ", "{", "[]", "null", "7", "\"x\"", "\u{0}", twice, &deep,
     ] {
         let error = VmConfig::from_json(text.as_bytes()).expect_err("no config");
         assert!(matches!(error, ConfigError::Json(_)), "{error:?}");

@@ -38,6 +38,7 @@ use super::ends;
 use super::gate::Gate;
 use super::memory;
 use super::vcpus::VcpuSet;
+use crate::boot::{Booted, DiskBootError};
 use crate::config::{ConfigError, DiskConfig, FsConfig, NetConfig, VmConfig, VsockConfig};
 
 /// Why a machine cannot be built or started.
@@ -59,6 +60,9 @@ pub(crate) enum BuildError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// No kernel is named, and none found.
+    #[error("payload: no kernel is named, and {0}")]
+    DiskBoot(#[from] DiskBootError),
     /// The kernel, initramfs or command line cannot be loaded.
     #[error("payload: {0}")]
     Boot(#[from] BootError),
@@ -115,6 +119,7 @@ impl BuildError {
                 | Self::Topology(_)
                 | Self::Open { .. }
                 | Self::Boot(_)
+                | Self::DiskBoot(_)
                 | Self::Memory(_)
                 | Self::Addresses { .. }
         )
@@ -245,6 +250,8 @@ fn show(
 
 /// A machine that has been built.
 pub(crate) struct Instance {
+    /// What was found on a disk and booted; nothing after a move, until the guest resets.
+    booted: Mutex<Option<Booted>>,
     number: u64,
     config: Mutex<VmConfig>,
     contract: CpuContract,
@@ -341,7 +348,16 @@ impl Instance {
             ram,
             slots,
             hypervisor,
+            booted: Mutex::new(None),
         })
+    }
+
+    /// The kernel that was found on a disk, if it was.
+    pub(super) fn booted(&self) -> Option<Booted> {
+        self.booted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Loads kernel, initramfs, command line and ACPI tables, and sets vCPU 0 to the kernel's entry.
@@ -355,12 +371,21 @@ impl Instance {
         };
         let config = self.config();
         let payload = &config.payload;
-        let mut kernel = open("kernel", config.kernel()?)?;
-        let mut initramfs = payload
-            .initramfs
-            .as_deref()
-            .map(|path| open("initramfs", path))
-            .transpose()?;
+        let mut cmdline = payload.cmdline.clone().unwrap_or_default();
+        let (mut kernel, mut initramfs) = match &payload.kernel {
+            Some(path) => {
+                let initramfs = payload.initramfs.as_deref();
+                let initramfs = initramfs.map(|path| open("initramfs", path));
+                (open("kernel", path)?, initramfs.transpose()?)
+            }
+            None => {
+                let found = crate::boot::find(&config.boot_disks(), payload.cmdline.as_deref())?;
+                tracing::info!(booted = ?found.booted, "booting what is on a disk");
+                cmdline.clone_from(&found.booted.cmdline);
+                *self.booted.lock().unwrap_or_else(PoisonError::into_inner) = Some(found.booted);
+                (found.kernel, found.initramfs)
+            }
+        };
         let guest_memory = self.ram.guest_memory();
         let tables = acpi::build(&acpi::AcpiConfig {
             vcpus: config.cpus.desired(),
@@ -384,7 +409,7 @@ impl Instance {
             BootSources {
                 kernel: &mut kernel,
                 initramfs: initramfs.as_mut(),
-                cmdline: payload.cmdline.as_deref().unwrap_or(""),
+                cmdline: &cmdline,
                 ram: &ranges,
                 rsdp: tables.rsdp_address,
             },

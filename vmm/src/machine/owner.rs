@@ -320,6 +320,7 @@ impl Owner {
             vcpus: vm.vcpu_info(),
             config,
             bootable: vm.untold_boot.is_none(),
+            booted: vm.instance.as_ref().and_then(|i| i.booted()),
         })))
     }
 

@@ -92,6 +92,21 @@ pub(crate) fn trials() -> Vec<Trial> {
             move || root_on_a_disk(guest),
         ));
     }
+    for (guest, partitioned) in [
+        (
+            guest(BackEnd::Kvm, Kernel::Debian61, Entry::BzImage, 1),
+            false,
+        ),
+        (
+            guest(BackEnd::Kvm, Kernel::Debian612, Entry::BzImage, 1),
+            true,
+        ),
+    ] {
+        trials.push(trial(
+            format!("devices::a_kernel_on_a_disk::{}", guest.name()),
+            move || kernel_on_a_disk(guest, partitioned),
+        ));
+    }
     trials
 }
 
@@ -537,11 +552,137 @@ fn root_on_a_disk(guest: Guest) -> Result<()> {
     host.run(&script)?.success()
 }
 
+/// No kernel is named: the one on the disk is booted, and another entry once the guest has changed it and reboots.
+fn kernel_on_a_disk(guest: Guest, partitioned: bool) -> Result<()> {
+    let tree = tempfile::tempdir()?;
+    let entries = tree.path().join("boot/loader/entries");
+    std::fs::create_dir_all(&entries)?;
+    let boot = tree.path().join("boot");
+    std::fs::copy(guest.kernel.file(guest.entry)?, boot.join("vmlinuz-1"))?;
+    let initramfs = lab::Image::guest(guest.kernel, &MODULES)?.finish();
+    std::fs::write(boot.join("initrd.img-1"), initramfs)?;
+    std::fs::write(
+        entries.join("lab.conf"),
+        "version 1\nlinux /boot/vmlinuz-1\ninitrd /boot/initrd.img-1\n\
+         options console=ttyS0 quiet noxsave panic=-1 labentry=first\n",
+    )?;
+    let mut disk = ext4_of(Some(tree.path()), 64)?;
+    let (device, partition) = match partitioned {
+        true => {
+            disk = with_gpt(&disk);
+            ("/dev/vda1", "\"partition\": *1")
+        }
+        false => ("/dev/vda", "\"disk\""),
+    };
+    let config = r#"{
+        "disks": [{"path": "/tmp/root.img", "id": "root"}],
+        "memory": {"size": 268435456}, "serial": {"mode": "Tty"}
+    }"#;
+    let host = bare_host(Cpu::Max)?
+        .name(&guest.name())
+        .data("vm.json", config)
+        .data("root.img", disk);
+    let script = guest.back_end.prelude(guest.vcpus)
+        + &format!(
+            r"mv /root.img /tmp/root.img
+            boot vm
+            shell_works vm
+            tell vm 'cat /proc/cmdline'
+            expect vm 'panic=-1 labentry=first$'
+            vmm ctl --api-socket /tmp/vm.sock info >/tmp/info
+            grep -q '{partition}' /tmp/info || fail 'vm.info does not say where the kernel was'
+            grep -q '/boot/loader/entries/lab.conf' /tmp/info || fail 'vm.info does not say what named it'
+            tell vm 'mkdir -p /mnt && mount -t ext4 {device} /mnt && sed -i s/first/second/ /mnt/boot/loader/entries/lab.conf && umount /mnt && reboot -f'
+            expect vm GUEST-UP 2
+            shell_works vm
+            tell vm 'cat /proc/cmdline'
+            expect vm 'panic=-1 labentry=second$'
+            # Nothing is written and synced before the reset: the journal has it.
+            tell vm 'mount -t ext4 {device} /mnt && sed -i s/second/third/ /mnt/boot/loader/entries/lab.conf && sync && reboot -f'
+            expect vm GUEST-UP 3
+            shell_works vm
+            tell vm 'cat /proc/cmdline'
+            expect vm 'panic=-1 labentry=third$'
+            tell vm 'poweroff -f'
+            ends vm 0"
+        );
+    host.run(&script)?.success()
+}
+
+/// A disk with one partition, by a GPT.
+fn with_gpt(file_system: &[u8]) -> Vec<u8> {
+    let first = 2048_u64;
+    let last = first + file_system.len() as u64 / 512 - 1;
+    // Room for the table's copy at the end.
+    let sectors = last + 1 + 34;
+    let mut disk = vec![0; sectors as usize * 512];
+    // The protective MBR's entry.
+    disk[446 + 4] = 0xee;
+    disk[446 + 8..446 + 12].copy_from_slice(&1_u32.to_le_bytes());
+    disk[446 + 12..446 + 16].copy_from_slice(&(sectors as u32 - 1).to_le_bytes());
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    let mut entries = vec![0; 128 * 128];
+    // Linux file system data, by GUID.
+    entries[..16].copy_from_slice(&[
+        0xaf, 0x3d, 0xc6, 0x0f, 0x83, 0x84, 0x72, 0x47, 0x8e, 0x79, 0x3d, 0x69, 0xd8, 0x47, 0x7d,
+        0xe4,
+    ]);
+    entries[16..32].fill(1);
+    entries[32..40].copy_from_slice(&first.to_le_bytes());
+    entries[40..48].copy_from_slice(&last.to_le_bytes());
+    let header = |here: u64, other: u64, table: u64| {
+        let mut header = vec![0; 92];
+        header[..8].copy_from_slice(b"EFI PART");
+        header[8..12].copy_from_slice(&0x1_0000_u32.to_le_bytes());
+        header[12..16].copy_from_slice(&92_u32.to_le_bytes());
+        for (at, value) in [
+            (24, here),
+            (32, other),
+            (40, 34),
+            (48, sectors - 34),
+            (72, table),
+        ] {
+            header[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        header[56..72].fill(2);
+        for (at, value) in [(80, 128), (84, 128), (88, crc32(&entries))] {
+            header[at..at + 4].copy_from_slice(&u32::to_le_bytes(value));
+        }
+        let sum = crc32(&header);
+        header[16..20].copy_from_slice(&sum.to_le_bytes());
+        header
+    };
+    let mut put = |sector: u64, bytes: &[u8]| {
+        let at = sector as usize * 512;
+        disk[at..at + bytes.len()].copy_from_slice(bytes);
+    };
+    put(1, &header(1, sectors - 1, 2));
+    put(2, &entries);
+    put(first, file_system);
+    put(sectors - 33, &entries);
+    put(sectors - 1, &header(sectors - 1, 1, sectors - 33));
+    disk
+}
+
+/// CRC-32 as a GPT has it.
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |sum, byte| {
+        (0..8).fold(sum ^ u32::from(*byte), |sum, _| {
+            sum >> 1 ^ if sum & 1 != 0 { 0xedb8_8320 } else { 0 }
+        })
+    })
+}
+
 /// A file system of 16 MiB, with what is in a folder.
 fn ext4(tree: Option<&Path>) -> Result<Vec<u8>> {
+    ext4_of(tree, 16)
+}
+
+/// One of so many MiB.
+fn ext4_of(tree: Option<&Path>, mib: u64) -> Result<Vec<u8>> {
     let folder = tempfile::tempdir()?;
     let image = folder.path().join("image");
-    std::fs::File::create(&image)?.set_len(16 << 20)?;
+    std::fs::File::create(&image)?.set_len(mib << 20)?;
     let mut mke2fs = Command::new("/sbin/mke2fs");
     mke2fs.args(["-q", "-t", "ext4", "-b", "4096"]);
     if let Some(tree) = tree {

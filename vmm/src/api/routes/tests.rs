@@ -239,6 +239,7 @@ fn info_and_counters_are_json() {
                 state: VmState::Running,
                 memory_actual_size: 512 << 20,
                 bootable: true,
+                booted: None,
                 hypervisor: None,
                 vcpus: None,
             })),
