@@ -598,7 +598,7 @@ fn kernel_on_a_disk(guest: Guest, partitioned: bool) -> Result<()> {
             tell vm 'cat /proc/cmdline'
             expect vm 'panic=-1 labentry=second$'
             # Nothing is written and synced before the reset: the journal has it.
-            tell vm 'mount -t ext4 {device} /mnt && sed -i s/second/third/ /mnt/boot/loader/entries/lab.conf && sync && reboot -f'
+            tell vm 'mkdir -p /mnt && mount -t ext4 {device} /mnt && sed -i s/second/third/ /mnt/boot/loader/entries/lab.conf && sync && reboot -f'
             expect vm GUEST-UP 3
             shell_works vm
             tell vm 'cat /proc/cmdline'
