@@ -26,8 +26,10 @@ const LOOK: Duration = Duration::from_micros(500);
 /// A ring that the transport has handed over.
 pub(super) struct Ring {
     pub(super) queue: Virtqueue,
-    /// Nobody knows which of its requests were carried out: it waits for the driver's reset.
+    /// Nobody knows which of its requests were carried out: it waits for the driver's reset. No back end has it.
     lost: bool,
+    /// A back end that has gone may have begun requests of it that are not done.
+    begun: bool,
 }
 
 /// What the lock protects: whoever talks to the back end holds it.
@@ -175,9 +177,28 @@ impl Shared {
             "{error}; requests wait until it is back"
         );
         for ring in state.rings.iter_mut().flatten() {
-            ring.lost = self.is_in_doubt(&ring.queue);
+            self.abandon(ring);
         }
         self.call_keeper();
+    }
+
+    /// A ring's back end has gone, or was cut off.
+    fn abandon(&self, ring: &mut Ring) {
+        // It may have shown the driver requests that are done, and gone before it logged that and called.
+        ring.queue.mark_used_ring();
+        self.interrupt(ring.queue.index());
+        // One that is lost was lost before; what the driver has made available since, nobody has begun.
+        if !ring.lost {
+            ring.begun |= !is_done(&ring.queue);
+            ring.lost = self.is_in_doubt(&ring.queue);
+        }
+    }
+
+    /// One interrupt too many harms nobody.
+    fn interrupt(&self, index: u16) {
+        if let Some(interrupt) = self.interrupt.get() {
+            interrupt.used(index);
+        }
     }
 
     /// Whether nobody can know which requests of a ring were carried out by a back end that has gone. The device needs a reset then.
@@ -185,9 +206,7 @@ impl Shared {
         if self.offer.tracks_requests() || self.kind.forgives() {
             return false;
         }
-        let doubt = !queue
-            .indices()
-            .is_ok_and(|(available, used)| available == used);
+        let doubt = !is_done(queue);
         if doubt {
             tracing::error!(
                 id = self.id,
@@ -237,15 +256,20 @@ impl Shared {
         super::session::host_addresses(&queue)?;
         let (index, base) = (usize::from(queue.index()), queue.next_available());
         let mut state = self.state();
-        let mut ring = Ring { queue, lost: false };
-        state.unfinished.remove(&ring.queue.index());
+        let begun = state.unfinished.remove(&queue.index());
+        let mut ring = Ring {
+            queue,
+            lost: false,
+            begun,
+        };
         let there = state.session.is_some();
         let started = self.exchange(&mut state, |state, session| {
             self.configure(state, session)?;
             self.start_ring(session, &ring, base)
         });
+        // `lose` could not see it, as it was not in its place.
         if there && started.is_none() {
-            ring.lost = self.is_in_doubt(&ring.queue);
+            self.abandon(&mut ring);
         }
         match state.rings.get_mut(index) {
             Some(place) => *place = Some(ring),
@@ -258,18 +282,28 @@ impl Shared {
     pub(super) fn stop(&self, index: u16) -> Option<Virtqueue> {
         let mut state = self.state();
         let mut ring = state.rings.get_mut(usize::from(index))?.take()?;
-        let served = self.exchange(&mut state, |_, session| {
-            let base = session.stop(index)?;
-            await_end(&ring.queue, base, self.patience * DRAIN_FACTOR)?;
-            Ok(base)
-        });
+        // A ring that is lost was not given to the back end that came after.
+        let there = state.session.is_some() && !ring.lost;
+        let served = match there {
+            true => self.exchange(&mut state, |_, session| {
+                let base = session.stop(index)?;
+                await_end(&ring.queue, base, self.patience * DRAIN_FACTOR)?;
+                Ok(base)
+            }),
+            false => None,
+        };
+        if there && served.is_none() {
+            // `lose` could not see it, as it was not in its place.
+            self.abandon(&mut ring);
+        }
+        // Some log that they have written the used ring after they have shown what is in it.
+        ring.queue.mark_used_ring();
         match (served, ring.queue.indices()) {
             (Some(base), _) => ring.queue.served_until(base),
             (None, Ok((available, used))) => {
                 ring.queue.served_until(used);
-                // What `lose` could not see, as the ring was not in its place.
-                let doubt = self.is_in_doubt(&ring.queue);
-                if available != used && !doubt && !self.kind.forgives() {
+                let forgotten = ring.lost || self.kind.forgives();
+                if ring.begun && available != used && !forgotten {
                     state.unfinished.insert(index);
                 }
             }
@@ -280,12 +314,10 @@ impl Shared {
         }
         // Whatever the back end has called for or would have: a call on its way to the keeper would come after the machine's state is saved,
         // and some end requests without one after they have said that they stop.
-        if let (Some(call), Some(interrupt)) =
-            (self.calls.get(usize::from(index)), self.interrupt.get())
-        {
+        if let Some(call) = self.calls.get(usize::from(index)) {
             let _ = call.read();
-            interrupt.used(index);
         }
+        self.interrupt(index);
         Some(ring.queue)
     }
 
@@ -295,13 +327,26 @@ impl Shared {
         if state.rings.iter().any(Option::is_some) {
             self.configure(&mut state, &mut session)?;
         }
-        for ring in state.rings.iter().flatten().filter(|ring| !ring.lost) {
-            let (_, used) = ring
-                .queue
-                .indices()
-                .map_err(|error| VhostError::Config(error.to_string()))?;
-            // What was begun and is not done, the back end finds in its notes.
-            self.start_ring(&mut session, ring, used)?;
+        for index in 0..state.rings.len() {
+            let Some(ring) = state.rings[index].as_ref().filter(|ring| !ring.lost) else {
+                continue;
+            };
+            let started = match ring.queue.indices() {
+                // What was begun and is not done, the back end finds in its notes.
+                Ok((_, used)) => self.start_ring(&mut session, ring, used),
+                Err(error) => Err(VhostError::Config(error.to_string())),
+            };
+            if let Err(error) = started {
+                // It may have begun requests already of those that it has.
+                for ring in state.rings[..=index].iter_mut().flatten() {
+                    self.abandon(ring);
+                }
+                return Err(error);
+            }
+        }
+        for ring in state.rings.iter().flatten() {
+            // What came after the last one had gone was not called for.
+            self.interrupt(ring.queue.index());
         }
         *locked(&self.watch) = Some(Arc::clone(&session.watch));
         state.session = Some(session);
@@ -359,6 +404,13 @@ impl Shared {
     pub(super) fn stops(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }
+}
+
+/// Whether all that the driver has made available is done, as far as can be seen.
+fn is_done(queue: &Virtqueue) -> bool {
+    queue
+        .indices()
+        .is_ok_and(|(available, used)| available == used)
 }
 
 /// Some back ends answer before the requests that they have begun are done: waits for those. A position that cannot be is refused.

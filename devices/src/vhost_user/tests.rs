@@ -288,6 +288,42 @@ fn one_without_notes_takes_nothing_up_again_that_it_may_have_done() {
     assert!(back_end.wait_for(Request::SET_VRING_KICK));
 }
 
+#[test]
+fn what_was_asked_for_while_nobody_was_there_is_not_in_doubt() {
+    use std::sync::atomic::Ordering;
+    let forgetful = Manner {
+        protocol: Protocol::MQ | Protocol::REPLY_ACK | Protocol::CONFIG,
+        ..Manner::good()
+    };
+    let (folder, mut driver) = (folder(), Driver::shared(0));
+    let (back_end, device) = connected(&folder.path().join("s"), &driver, forgetful.clone());
+    let device = device.expect("a device");
+    device.connect(driver.interrupt.clone());
+    device.start_queue(driver.queue()).expect("a ring");
+    drop(back_end);
+    wait_until("it is gone", || !device.is_connected());
+    // It may have ended requests without a call.
+    wait_until("the driver looks", || {
+        driver.interrupt.used.load(Ordering::SeqCst) > 0
+    });
+    driver.offer(&[b"abc"], &[1]);
+    let queue = device.stop_queue(0).expect("a ring");
+    assert_eq!(driver_resets(&driver), 0);
+    let back_end = BackEnd::new(&folder.path().join("s"), forgetful);
+    wait_until("it is back", || device.is_connected());
+    assert_eq!(device.check_complete(), Ok(()));
+    device.start_queue(queue).expect("a ring");
+    assert!(back_end.wait_for(Request::SET_VRING_KICK));
+    // Now it may have begun it, and the one after it is not asked about a ring that it was not given.
+    back_end.hang_up();
+    wait_until("the driver is told", || driver_resets(&driver) == 1);
+    wait_until("it is back", || device.is_connected());
+    back_end.heard();
+    assert!(device.stop_queue(0).is_some());
+    assert!(!back_end.heard().contains(&(Request::GET_VRING_BASE as u32)));
+    assert_eq!(driver_resets(&driver), 1);
+}
+
 fn driver_resets(driver: &Driver) -> usize {
     driver
         .interrupt

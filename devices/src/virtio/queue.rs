@@ -169,6 +169,13 @@ impl Virtqueue {
         (self.published, self.marked) = (position, position);
     }
 
+    /// Marks the used ring dirty, which somebody else may have written.
+    pub(crate) fn mark_used_ring(&self) {
+        let [_, _, (gpa, len)] = self.rings();
+        fence(Ordering::SeqCst);
+        mark(&self.memory, gpa, len as u32);
+    }
+
     /// The rings with their positions, for the transport to keep.
     pub fn into_queue(mut self) -> Queue {
         self.settle();
