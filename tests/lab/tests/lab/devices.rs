@@ -121,7 +121,7 @@ pub(crate) fn host(guest: Guest, devices: &str) -> Result<Host> {
         .program(&writes, "bin/writes"))
 }
 
-/// A guest writes a disk, and a file on another one, while it moves; afterwards everything is there.
+/// A guest writes a disk, and a file on another one, while it moves, is written to files and restored; afterwards everything is there.
 fn writes_go_on_over_moves(guest: Guest) -> Result<()> {
     let devices = r#", "disks": [
         {"path": "/tmp/raw.img", "id": "raw", "direct": false},
@@ -148,7 +148,15 @@ fn writes_go_on_over_moves(guest: Guest) -> Result<()> {
                 from=dst$i
             done
             sleep 1
-            tell $from 'cat /tmp/raw /tmp/file'
+            vmm ctl --api-socket /tmp/$from.sock pause
+            vmm ctl --api-socket /tmp/$from.sock snapshot /tmp/saved
+            vmm ctl --api-socket /tmp/$from.sock vmm-shutdown
+            ends $from 0
+            start restored $preload vmm restore /tmp/saved --serial tty --api-socket /tmp/restored.sock --hypervisor $hypervisor
+            # What is typed before the guest is there is lost.
+            until_ok 60 grep -q 'is restored' /tmp/restored.err
+            from=restored
+            tell $from 'rm /tmp/raw /tmp/file; sleep 3; cat /tmp/raw /tmp/file'
             expect $from 'writes-ok [0-9]* writes' 2
             ! grep -a WRITES-BAD /tmp/*.out || fail 'a disk has lost a write'
             tell $from 'killall writes; sleep 1; umount /root; sync; echo unmounted-$?-'
