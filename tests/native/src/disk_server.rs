@@ -122,8 +122,8 @@ fn spawn(server: Server, image: &Path, socket: &Path, queues: u32) -> Result<Chi
         .spawn()
         .context("no back end: qemu-storage-daemon is in the package qemu-system-common")?;
     let deadline = Instant::now() + Duration::from_secs(20);
-    // The socket's name alone: a connection would be taken for the front end.
-    while !socket.exists() {
+    // Not by a connection, which would be taken for the front end; the name alone is there before anybody listens.
+    while !listens(socket)? {
         ensure!(
             Instant::now() < deadline && child.try_wait()?.is_none(),
             "no back end listens on {}",
@@ -138,4 +138,17 @@ impl Drop for DiskServer {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Whether a process listens on a unix socket: the flag of /proc/net/unix that is set by listen(2).
+fn listens(socket: &Path) -> Result<bool> {
+    const LISTENING: &str = "00010000";
+    let (table, path) = (
+        std::fs::read_to_string("/proc/net/unix")?,
+        socket.display().to_string(),
+    );
+    Ok(table.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        fields.nth(3) == Some(LISTENING) && fields.nth(3) == Some(path.as_str())
+    }))
 }
