@@ -32,13 +32,13 @@ pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for guest in [old, new, mshv] {
         trials.push(trial(
-            format!("memory::grows_moves_and_shrinks::{}", guest.name()),
+            format!("devices::memory::grows_moves_and_shrinks::{}", guest.name()),
             move || grows_moves_and_shrinks(guest),
         ));
     }
     for guest in [old, new] {
         trials.push(trial(
-            format!("memory::a_grown_guest_is_restored::{}", guest.name()),
+            format!("devices::memory::a_grown_guest_is_restored::{}", guest.name()),
             move || a_grown_guest_is_restored(guest),
         ));
     }

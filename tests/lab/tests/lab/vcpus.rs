@@ -24,7 +24,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     let mut add = |name: &str, guest: Guest, body: fn(Guest) -> Result<()>| {
         trials.push(trial(
-            format!("vcpus::{name}::{}", guest.name()),
+            format!("devices::vcpus::{name}::{}", guest.name()),
             move || body(guest),
         ));
     };

@@ -27,14 +27,14 @@ pub(crate) fn trials() -> Vec<Trial> {
     ] {
         trials.extend(guest_trials(
             &Hosts::ALIKE,
-            format!("disks::read::{name}"),
+            format!("devices::disks::read::{name}"),
             move |folder| reads(folder, queues, cmdline, &disk),
         ));
     }
     for (name, queues) in [("one_queue", 1), ("four_queues", 4)] {
         trials.extend(guest_trials(
             &Hosts::ALL,
-            format!("disks::moved_while_reading::{name}"),
+            format!("devices::disks::moved_while_reading::{name}"),
             move |folder| moves(folder, queues),
         ));
     }

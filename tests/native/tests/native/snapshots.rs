@@ -27,7 +27,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         ] {
             trials.extend(guest_trials(
                 &Hosts::ALL,
-                format!("snapshots::{name}::{backing}"),
+                format!("devices::snapshots::{name}::{backing}"),
                 move |folder| comes_back(folder, prefault, &memory),
             ));
         }
@@ -41,7 +41,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     for (name, body) in everywhere {
         trials.extend(guest_trials(
             &Hosts::ALL,
-            format!("snapshots::{name}"),
+            format!("devices::snapshots::{name}"),
             body,
         ));
     }
@@ -56,18 +56,18 @@ pub(crate) fn trials() -> Vec<Trial> {
     for (name, body) in alike {
         trials.extend(guest_trials(
             &Hosts::ALIKE,
-            format!("snapshots::{name}"),
+            format!("devices::snapshots::{name}"),
             body,
         ));
     }
     trials.extend(guest_trials(
         &Hosts::UNLIKE,
-        "snapshots::a_guest_of_one_hypervisor_is_refused",
+        "devices::snapshots::a_guest_of_one_hypervisor_is_refused",
         of_one_hypervisor,
     ));
     trials.extend(guest_trials(
         &[Hosts::ALIKE[0]],
-        "snapshots::by_the_command_line",
+        "devices::snapshots::by_the_command_line",
         command_line,
     ));
     trials
