@@ -108,7 +108,7 @@ fn unlike_hosts() -> Result<()> {
                signal listening-0
                ends refused 1
                for i in 1 2 3 4 5; do
-                   receive there$i tcp:0.0.0.0:4600
+                   receive there$i tcp:0.0.0.0:4600 --trust-source
                    signal listening-$i
                    arrived there$i
                    cpu_identity there$i
