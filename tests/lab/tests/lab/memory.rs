@@ -38,7 +38,10 @@ pub(crate) fn trials() -> Vec<Trial> {
     }
     for guest in [old, new] {
         trials.push(trial(
-            format!("devices::memory::a_grown_guest_is_restored::{}", guest.name()),
+            format!(
+                "devices::memory::a_grown_guest_is_restored::{}",
+                guest.name()
+            ),
             move || a_grown_guest_is_restored(guest),
         ));
     }

@@ -14,9 +14,17 @@ use crate::moves::{expect_ok, move_guest};
 pub(crate) fn trials() -> Vec<Trial> {
     [
         guest_trials(&Hosts::ALL, "devices::vcpus::all_travel", travel),
-        guest_trials(&Hosts::ALIKE, "devices::vcpus::a_reset_has_those_wanted", reset),
+        guest_trials(
+            &Hosts::ALIKE,
+            "devices::vcpus::a_reset_has_those_wanted",
+            reset,
+        ),
         guest_trials(&Hosts::ALIKE, "devices::vcpus::as_many_as_can_be", many),
-        guest_trials(&Hosts::ALIKE, "devices::vcpus::none_while_a_machine_moves", during),
+        guest_trials(
+            &Hosts::ALIKE,
+            "devices::vcpus::none_while_a_machine_moves",
+            during,
+        ),
     ]
     .into_iter()
     .flatten()
